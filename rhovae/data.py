@@ -1,0 +1,142 @@
+"""Images as uint8 tensors in memory, (n, 1, height, width): no workers, no per-image Python.
+
+Three sources: the samples embedded in the repository (10,000 training and 2,000 test images per
+set), the full sets through torchvision, and your own array through `as_images`.
+"""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+DATASETS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
+SPLITS = ("train", "test")
+SOURCES = ("embedded", "full")
+
+EMBEDDED_SHA256 = {
+    "mnist": "0f13b3d4b41e8f9fcc5d7894d35d91c99266fde411a39964f88fe9abd8c18588",
+    "fashion-mnist": "d2e3082e52dc42e8731b36c46651bc201c3960ae50470802125daac2de29c144",
+}
+
+_PACKAGE = Path(__file__).resolve().parent
+_REPOSITORY = _PACKAGE.parent
+
+
+def load_images(
+    name: str, split: str = "train", source: str = "embedded", root: str | Path | None = None
+) -> Tensor:
+    """Images of a set, in memory.
+
+    Args:
+        name: "mnist" or "fashion-mnist".
+        split: "train" or "test".
+        source: "embedded" for the sample in this repository, "full" for all 60,000 or 10,000.
+        root: folder with the full sets in torchvision's layout; else the environment variable
+            RHOVAE_DATA, else data/torchvision/ in the repository. Sets that are missing there are
+            downloaded by torchvision.
+    Returns:
+        uint8 tensor of shape (n, 1, 28, 28), 0 is black.
+    Raises:
+        ValueError: an unknown name, split or source, or an embedded file that was altered.
+        FileNotFoundError: full data neither found nor to be had from the network.
+    """
+    require_known("data set", name, DATASETS)
+    require_known("split", split, SPLITS)
+    require_known("source", source, SOURCES)
+    if source == "embedded":
+        return as_images(_embedded(name)[f"{split}_images"])
+    return as_images(_full(name, split, root).data.numpy())
+
+
+def as_images(images: np.ndarray | Tensor) -> Tensor:
+    """Your own images as this package wants them: uint8, (n, channels, height, width).
+
+    Args:
+        images: array or tensor of shape (n, height, width) or (n, channels, height, width), either
+            uint8 or floating point in [0, 1], which is rounded to 256 levels.
+    Returns:
+        uint8 tensor of shape (n, channels, height, width).
+    Raises:
+        ValueError: for any other shape, type or range.
+    """
+    images = torch.as_tensor(images)
+    if images.dim() == 3:
+        images = images.unsqueeze(1)
+    if images.dim() != 4 or 0 in images.shape:
+        raise ValueError(
+            f"Images have shape {tuple(images.shape)}; expected at least one image as "
+            "(n, height, width) or (n, channels, height, width)."
+        )
+    if images.is_floating_point():
+        low, high = images.min().item(), images.max().item()
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"Floating-point images lie between {low:.6g} and {high:.6g}; scale them to "
+                "[0, 1], without NaN, or pass uint8."
+            )
+        images = (images * 255).round().to(torch.uint8)
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"Images have type {images.dtype}; pass uint8 in 0..255 or floating point in [0, 1]."
+        )
+    return images.contiguous()
+
+
+def to_unit_interval(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [0, 1], the input of an encoder."""
+    return images.to(torch.float32).div_(255)
+
+
+def fingerprint(images: Tensor) -> str:
+    """SHA-256 over the bytes of an image tensor: which data a record was made from."""
+    return hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def require_known(what: str, name: str, known) -> None:
+    """Refuse a name that is not among the known ones, and list those."""
+    if name not in known:
+        raise ValueError(f"Unknown {what} {name!r}; known are {', '.join(map(repr, known))}.")
+
+
+def _embedded(name: str) -> dict[str, np.ndarray]:
+    # A wheel carries the samples inside the package, a clone in its data folder.
+    folders = (_PACKAGE / "embedded", _REPOSITORY / "data" / "embedded")
+    paths = [folder / f"{name}.npz" for folder in folders]
+    path = next((p for p in paths if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"The embedded sample {name}.npz is neither in {paths[0].parent} nor in "
+            f"{paths[1].parent}; reinstall rhovae or restore it with `git checkout data/embedded`."
+        )
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != EMBEDDED_SHA256[name]:
+        raise ValueError(
+            f"The embedded sample {path} is damaged: its SHA-256 is {found[:16]}..., expected "
+            f"{EMBEDDED_SHA256[name][:16]}...; restore it with `git checkout data/embedded`."
+        )
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _full(name: str, split: str, root: str | Path | None):
+    root = Path(root or os.environ.get("RHOVAE_DATA") or _REPOSITORY / "data" / "torchvision")
+    dataset, train = DATASETS[name], split == "train"
+    try:
+        return dataset(root, train=train, download=False)
+    except RuntimeError:
+        pass  # torchvision's way to say that the files are not there
+    try:
+        return dataset(root, train=train, download=True)
+    except (RuntimeError, OSError) as error:
+        folder = root / dataset.__name__ / "raw"
+        raise FileNotFoundError(
+            f"The full {name} is not in {folder} and could not be downloaded "
+            f"({type(error).__name__}: {error}); put torchvision's four files of it there, point "
+            "RHOVAE_DATA or root at a folder that has them, or use source='embedded'."
+        ) from None

@@ -1,0 +1,65 @@
+"""How good a trained VAE is: the parts of the test -ELBO, and the importance-weighted NLL."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .data import to_unit_interval
+from .objectives import Terms, importance_weighted_nll
+from .vae import VAE
+
+
+@torch.no_grad()
+def evaluate(
+    vae: VAE, images: Tensor, objective: Callable[..., Terms], batch_size: int = 1000
+) -> tuple[dict[str, float], float | None]:
+    """Mean objective over images, with one posterior draw each from torch's global generator.
+
+    Args:
+        vae: the model, on the device of the images; left in evaluation mode.
+        images: uint8, (n, channels, height, width).
+        objective: (q, z, logits, x) -> Terms, per image.
+        batch_size: images held at once; it changes the speed, not the value.
+    Returns:
+        Means in nats per image (loss, negative_elbo, reconstruction, kl), and the mean of rho over
+        images and steps, None where the posterior has no rho.
+    """
+    vae.eval()
+    sums, rhos = [], []
+    for batch in images.split(batch_size):
+        x = to_unit_interval(batch)
+        q, z, logits = vae(x)
+        sums.append(torch.stack(objective(q, z, logits, x)).sum(1))
+        if hasattr(q, "rho"):
+            rhos.append(q.rho.mean(-1).sum())
+    rho = (torch.stack(rhos).cpu().double().sum() / len(images)).item() if rhos else None
+    return means_per_image(sums, len(images)), rho
+
+
+def means_per_image(sums: list[Tensor], count: int) -> dict[str, float]:
+    """Batch sums of Terms -> means per image in nats, with the negative ELBO beside the loss."""
+    total = torch.stack(sums).cpu().double().sum(0) / count
+    loss, reconstruction, kl = total.tolist()
+    return {
+        "loss": loss,
+        "negative_elbo": reconstruction + kl,
+        "reconstruction": reconstruction,
+        "kl": kl,
+    }
+
+
+@torch.no_grad()
+def iwae_nll(vae: VAE, images: Tensor, samples: int = 500, batch_size: int = 100) -> float:
+    """Importance-weighted NLL in nats per image: -log p(x) from above, tighter than -ELBO.
+
+    Args:
+        vae: the model, on the device of the images; left in evaluation mode.
+        images: uint8, (n, channels, height, width).
+        samples: posterior draws per image, from torch's global generator.
+        batch_size: images taken together.
+    """
+    vae.eval()
+    batches = (to_unit_interval(batch) for batch in images.split(batch_size))
+    sums = [importance_weighted_nll(vae, x, samples).cpu().double().sum() for x in batches]
+    return (torch.stack(sums).sum() / len(images)).item()

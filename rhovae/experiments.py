@@ -1,0 +1,256 @@
+"""One training run from names to record: Experiment -> run_experiment -> JSON."""
+
+import dataclasses
+import functools
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .data import (
+    DATASETS,
+    SOURCES,
+    as_images,
+    fingerprint,
+    load_images,
+    require_known,
+    to_unit_interval,
+)
+from .evaluation import iwae_nll
+from .networks import NETWORKS
+from .objectives import OBJECTIVES
+from .posteriors import POSTERIORS
+from .published import PUBLISHED_POSTERIORS, decompose, published_loss
+from .records import SCHEMA, encode_png, load_record, save_record
+from .training import fit, pick_device, set_seed
+from .vae import VAE, count_parameters
+
+ALL_POSTERIORS = POSTERIORS | PUBLISHED_POSTERIORS
+ALL_OBJECTIVES = OBJECTIVES | {"as-published": published_loss}
+INITIALISATIONS = ("torch", "xavier")
+KEPT_SAMPLES, KEPT_RECONSTRUCTIONS = 32, 8
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides the numbers of a run. Names are checked when it is made.
+
+    Args:
+        dataset: "mnist", "fashion-mnist", or any label if you pass your own images.
+        source: "embedded" (10,000 training and 2,000 test images) or "full".
+        architecture: a name in NETWORKS.
+        posterior: a name in POSTERIORS, or "published-notebook" or "published-script".
+        objective: "elbo", or "as-published" (the released code's loss), the default for the
+            published posteriors.
+        latent: number of latent variables.
+        epochs, batch_size, learning_rate: of Adam.
+        seed: of initial weights, order of images and posterior draws.
+        initialisation: "torch" (PyTorch's own) or "xavier" (uniform, no bias; the paper's script).
+        iwae_samples, iwae_images: draws per image and test images for the importance-weighted NLL.
+    Raises:
+        ValueError: an unknown name or a value out of range.
+    """
+
+    dataset: str
+    source: str = "embedded"
+    architecture: str = "mlp"
+    posterior: str = "ar1"
+    objective: str = ""
+    latent: int = 10
+    epochs: int = 15
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    seed: int = 0
+    initialisation: str = "torch"
+    iwae_samples: int = 500
+    iwae_images: int = 2000
+
+    def __post_init__(self):
+        require_known("posterior", self.posterior, ALL_POSTERIORS)
+        if not self.objective:
+            implied = "as-published" if self.posterior in PUBLISHED_POSTERIORS else "elbo"
+            object.__setattr__(self, "objective", implied)
+        require_known("source", self.source, (*SOURCES, "own"))
+        if self.source != "own":
+            require_known("data set", self.dataset, DATASETS)
+        require_known("architecture", self.architecture, NETWORKS)
+        require_known("objective", self.objective, ALL_OBJECTIVES)
+        require_known("initialisation", self.initialisation, INITIALISATIONS)
+        for name in ("latent", "epochs", "batch_size", "iwae_samples", "iwae_images"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed is {self.seed!r}; it must be an integer of at least 0.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate!r}; it must be positive.")
+
+    @property
+    def name(self) -> str:
+        """File name of the record: the main fields, then the others where they are not default."""
+        main = ("dataset", "source", "architecture", "objective", "posterior")
+        parts = [getattr(self, key) for key in main]
+        parts += [f"d{self.latent}", f"e{self.epochs}", f"s{self.seed}"]
+        shown = {*main, "latent", "epochs", "seed"}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in shown and value != field.default:
+                parts.append(f"{field.name}={value}")
+        return "-".join(parts)
+
+
+def build_vae(experiment: Experiment, image_shape: tuple[int, ...]) -> VAE:
+    """The untrained model of an experiment, its weights drawn from the experiment's seed."""
+    set_seed(experiment.seed, 0)
+    bodies = NETWORKS[experiment.architecture](image_shape, experiment.latent)
+    head = ALL_POSTERIORS[experiment.posterior](bodies.features, experiment.latent)
+    vae = VAE(bodies.encoder, head, bodies.decoder)
+    if experiment.initialisation == "xavier":
+        vae.apply(_xavier_uniform)
+    return vae
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    train: Tensor | None = None,
+    test: Tensor | None = None,
+    root: str | Path | None = None,
+    folder: str | Path | None = None,
+    reuse: bool = False,
+    device: str = "auto",
+    progress: bool = True,
+) -> dict:
+    """Train, evaluate and describe one experiment.
+
+    Args:
+        experiment: what to run.
+        train, test: your own images (see `as_images`), with source="own"; else the named set.
+        root: folder of the full sets (see `load_images`).
+        folder: where to save the record as JSON; nowhere if None.
+        reuse: take the record from `folder` if this experiment is there already.
+        device: "auto", or a name torch knows.
+        progress: show a progress bar.
+    Returns:
+        The record, a dictionary of plain numbers and strings; see data/README.md.
+    Raises:
+        ValueError: own images that do not fit, or source="own" without them.
+        FileNotFoundError: full data neither found nor to be downloaded.
+    """
+    path = Path(folder) / f"{experiment.name}.json" if folder else None
+    if reuse and path and path.is_file():
+        return load_record(path)
+    images = _images(experiment, train, test, root)
+    device = pick_device(device)
+    train, test = (part.to(device) for part in images)
+    vae = build_vae(experiment, tuple(train.shape[1:])).to(device)
+    environment = _environment(device)
+    start = time.perf_counter()
+    history = fit(
+        vae, train, test, ALL_OBJECTIVES[experiment.objective],
+        epochs=experiment.epochs, batch_size=experiment.batch_size,
+        learning_rate=experiment.learning_rate, seed=experiment.seed,
+        progress=progress, label=experiment.posterior,
+    )  # fmt: skip
+    training_time = time.perf_counter() - start
+    set_seed(experiment.seed, 3)
+    nll = iwae_nll(vae, test[: experiment.iwae_images], experiment.iwae_samples)
+    record = {
+        "schema": SCHEMA,
+        "name": experiment.name,
+        "experiment": dataclasses.asdict(experiment),
+        "history": history,
+        "test": history[-1]["test"],
+        "iwae_nll": nll,
+        "parameters": {
+            "total": count_parameters(vae),
+            **{name: count_parameters(part) for name, part in vae.named_children()},
+        },
+        "data": {"train_sha256": fingerprint(train), "test_sha256": fingerprint(test)},
+        "environment": environment,
+        "wall_time_s": {
+            "training": round(training_time, 2),
+            "all": round(time.perf_counter() - start, 2),
+        },
+        "images": _pictures(vae, test, experiment.seed),
+    }
+    if experiment.posterior in PUBLISHED_POSTERIORS:
+        record["published"] = decompose(vae, test, experiment.batch_size)
+    if folder:
+        save_record(record, folder)
+    return record
+
+
+def _images(experiment, train, test, root) -> tuple[Tensor, Tensor]:
+    own = train is not None and test is not None
+    if (experiment.source == "own") != own or (train is None) != (test is None):
+        raise ValueError(
+            f"source is {experiment.source!r} and {'' if own else 'not '}both train and test "
+            "images were given; pass both with source='own', or neither to load a named set."
+        )
+    if own:
+        train, test = as_images(train), as_images(test)
+        if train.shape[1:] != test.shape[1:]:
+            raise ValueError(
+                f"Training images have shape {tuple(train.shape[1:])} and test images "
+                f"{tuple(test.shape[1:])}; they must be the same."
+            )
+        return train, test
+    parts = ("train", "test")
+    return tuple(load_images(experiment.dataset, s, experiment.source, root) for s in parts)
+
+
+def _xavier_uniform(module: nn.Module) -> None:
+    """Linear and Conv2d layers only, as in the paper's script; transposed ones keep torch's."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _pictures(vae: VAE, test: Tensor, seed: int) -> dict[str, str]:
+    """Samples of the prior, the first test images and their reconstructions from the mean."""
+    set_seed(seed, 4)
+    originals = test[:KEPT_RECONSTRUCTIONS]
+    x = to_unit_interval(originals)
+    reconstructions = vae.decoder(vae.encode(x).mean).sigmoid()
+    rows = {
+        "samples": vae.generate(KEPT_SAMPLES),
+        "originals": x,
+        "reconstructions": reconstructions,
+    }
+    pixels = {key: (row[:, 0] * 255).round().to(torch.uint8) for key, row in rows.items()}
+    return {key: encode_png(row.cpu().numpy()) for key, row in pixels.items()}
+
+
+def _environment(device: torch.device) -> dict:
+    """What the numbers may depend on beyond the experiment, and where they came from."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("rhovae", "torch", "torchvision", "numpy")},
+        "commit": _git_commit(),
+    }
+
+
+@functools.cache
+def _git_commit() -> str | None:
+    """HEAD of the clone this package runs from, with + where files differ; None outside one."""
+    here = Path(__file__).resolve().parent
+    commands = ["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", "."]
+    try:
+        head, changes = (
+            subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout
+            for command in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.strip() + ("+" if changes.strip() else "")

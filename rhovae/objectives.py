@@ -1,0 +1,89 @@
+"""What a VAE is trained and judged by: one number per image, in nats, shape (batch,).
+
+No objective sees the batch size. The mean over the batch is taken once, in the training step, so
+splitting a batch changes nothing.                                               (2.8), notebooks/02
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from .vae import VAE
+
+
+class Terms(NamedTuple):
+    """Per image and in nats: what is minimised, and the two parts of the negative ELBO."""
+
+    loss: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+
+def standard_normal_like(loc: Tensor) -> Independent:
+    """The prior N(0, I) over the last dimension of `loc`."""
+    normal = Normal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False)
+    return Independent(normal, 1, validate_args=False)
+
+
+def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
+    """-log p(x|z) summed over pixels, for logits (..., batch, *image_shape) and x in [0, 1].
+
+    With grey pixels this is the cross-entropy everyone reports, not the likelihood of binary data.
+    """
+    losses = binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+    return losses.flatten(start_dim=logits.dim() - x.dim() + 1).sum(-1)
+
+
+def negative_elbo(q: Distribution, z: Tensor, logits: Tensor, x: Tensor) -> Terms:
+    """-ELBO = E_q[-log p(x|z)] + KL(q(z|x) || N(0, I)), by one draw z ~ q and a closed-form KL.
+
+    Args:
+        q: posterior with batch shape (batch,).
+        z: a draw of it, (batch, latent).
+        logits: pixel logits given z, (batch, *image_shape).
+        x: images in [0, 1], (batch, *image_shape).
+    Returns:
+        Terms in nats per image, each of shape (batch,).
+    """
+    reconstruction = bernoulli_nll(logits, x)
+    kl = kl_divergence(q, standard_normal_like(q.mean))
+    return Terms(reconstruction + kl, reconstruction, kl)
+
+
+def importance_weighted_nll(
+    vae: VAE, x: Tensor, samples: int = 500, max_pixels: int = 2**22
+) -> Tensor:
+    """-log of the importance-weighted estimate of p(x); an upper bound on -log p(x) in the mean.
+
+    -log (1/K) sum_k p(x|z_k) p(z_k) / q(z_k|x),  z_k ~ q(z|x)     (Burda et al. 2016, Eq. 8)
+
+    It falls from -ELBO at K = 1 to -log p(x) as K grows. The K draws are decoded in chunks whose
+    running log-sum-exp is kept, so memory does not grow with K.
+
+    Args:
+        vae: the model.
+        x: images in [0, 1], (batch, *image_shape).
+        samples: K, draws per image.
+        max_pixels: upper limit on the decoded pixels held at once.
+    Returns:
+        Nats per image, shape (batch,).
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; the bound needs at least 1 draw per image.")
+    q = vae.encode(x)
+    prior = standard_normal_like(q.mean)
+    chunk = max(1, max_pixels // x.numel())
+    log_sum = torch.full(x.shape[:1], -math.inf, device=x.device, dtype=x.dtype)
+    for start in range(0, samples, chunk):
+        z = q.rsample((min(chunk, samples - start),))
+        logits = vae.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        log_weight = prior.log_prob(z) - q.log_prob(z) - bernoulli_nll(logits, x)
+        log_sum = torch.logaddexp(log_sum, log_weight.logsumexp(0))
+    return math.log(samples) - log_sum
+
+
+OBJECTIVES = {"elbo": negative_elbo}

@@ -1,0 +1,80 @@
+"""Posterior heads: encoder features -> q(z|x), one small module per Gaussian family.
+
+A head is made as `POSTERIORS[name](features, latent)` and called on features of shape
+(batch, features). Each adds to the `latent` outputs for the mean the few that describe its
+covariance; `numbers_per_image` counts them all, and the parameters of a head are
+(features + 1) * numbers_per_image.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+
+from .distribution import AR1Normal
+
+
+class PosteriorHead(nn.Module):
+    """One linear layer per number group: `loc` here, the covariance in the subclass."""
+
+    def __init__(self, features: int, latent: int):
+        if latent < 1:
+            raise ValueError(f"latent is {latent}; a posterior needs at least 1 latent variable.")
+        super().__init__()
+        self.latent = latent
+        self.loc = nn.Linear(features, latent)
+
+    @property
+    def numbers_per_image(self) -> int:
+        """How many numbers the head outputs for each image."""
+        return sum(layer.out_features for layer in self.children())
+
+    def forward(self, features: Tensor) -> Distribution:
+        raise NotImplementedError
+
+
+class Isotropic(PosteriorHead):
+    """N(loc, s I): one variance for all latent variables, latent + 1 numbers per image."""
+
+    def __init__(self, features: int, latent: int):
+        super().__init__(features, latent)
+        self.log_variance = nn.Linear(features, 1)
+
+    def forward(self, features: Tensor) -> Distribution:
+        return _diagonal_normal(self.loc(features), self.log_variance(features))
+
+
+class Diagonal(PosteriorHead):
+    """N(loc, diag(s_1, ..., s_d)), the usual VAE: 2 latent numbers per image."""
+
+    def __init__(self, features: int, latent: int):
+        super().__init__(features, latent)
+        self.log_variance = nn.Linear(features, latent)
+
+    def forward(self, features: Tensor) -> Distribution:
+        return _diagonal_normal(self.loc(features), self.log_variance(features))
+
+
+class AR1(PosteriorHead):
+    """N(loc, s R(rho)), rho-VAE: two scalars for the whole covariance, latent + 2 numbers.
+
+    The layer before tanh outputs Fisher's z of rho, as in the paper (Sec. 3), and tanh itself is
+    left to AR1Normal, which needs 1 - rho^2 more precisely than tanh can tell it.
+    """
+
+    def __init__(self, features: int, latent: int):
+        super().__init__(features, latent)
+        self.log_variance = nn.Linear(features, 1)
+        self.fisher_z = nn.Linear(features, 1)
+
+    def forward(self, features: Tensor) -> Distribution:
+        scale = torch.exp(0.5 * self.log_variance(features))
+        fisher_z = self.fisher_z(features)
+        return AR1Normal(self.loc(features), scale, fisher_z=fisher_z, validate_args=False)
+
+
+def _diagonal_normal(loc: Tensor, log_variance: Tensor) -> Distribution:
+    scale = torch.exp(0.5 * log_variance)
+    return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
+
+
+POSTERIORS = {"isotropic": Isotropic, "diagonal": Diagonal, "ar1": AR1}

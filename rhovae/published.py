@@ -1,0 +1,134 @@
+"""The estimators of the paper's released code, exactly as published. For the audit only.
+
+Both variants draw a chain whose innovations keep the full standard deviation sqrt(s),
+
+    z_1 = sqrt(s) e_1,    z_j = r z_{j-1} + sqrt(s) e_j,    then + loc,                        (4.1)
+
+with r = rho in the notebooks and r = 1 (rho forgotten, a random walk) in the script that made the
+paper's figures. They charge the KL divergence of another distribution, N(loc, s R(rho)), and divide
+all of it but |loc|^2 by the batch size. Here each is a distribution that samples what the code
+samples, with its true log_prob, entropy and KL, and beside that the KL that the code charges.
+
+Source: github.com/sssohrab/rho_VAE, notebooks/rho_VAE.ipynb, models.py, utils.py (2019).
+"""
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+
+from . import ar1
+from .data import to_unit_interval
+from .distribution import AR1Normal
+from .objectives import Terms, negative_elbo, standard_normal_like
+from .posteriors import AR1
+from .vae import VAE
+
+
+class PublishedNormal(AR1Normal):
+    """What the released code samples: (4.1), notebooks/04.
+
+    The chain is Gauss-Markov, hence an AR1Normal. Its variances s v_j obey v_1 = 1,
+    v_j = 1 + r^2 v_{j-1}; neighbours correlate by r sqrt(v_j / v_{j+1}); and its covariance has
+    determinant s^d and trace s sum_j v_j.                                    (4.2), notebooks/04
+
+    Args:
+        loc: (*batch, latent).
+        log_s: log of the innovation variance s, (*batch, 1).
+        fisher_z: Fisher's z of the rho that the code charges for, (*batch, 1).
+        forget_rho: True for the script (r = 1), False for the notebooks (r = rho).
+        epsilon: what the code adds inside log(1 - rho^2 + epsilon).
+    """
+
+    def __init__(self, loc: Tensor, log_s: Tensor, fisher_z: Tensor, forget_rho: bool,
+                 epsilon: float):  # fmt: skip
+        self.log_s, self.charged_rho, self.epsilon = log_s, fisher_z.tanh(), epsilon
+        r = torch.ones_like(log_s) if forget_rho else self.charged_rho
+        variances = ar1.scan(torch.ones_like(loc), r.square())
+        # 1 - r^2 v_j / v_{j+1} = 1 / v_{j+1}, so that atanh needs no difference near 1.
+        correlation = r * (variances[..., :-1] / variances[..., 1:]).sqrt()
+        scale = torch.exp(0.5 * log_s) * variances.sqrt()
+        super().__init__(loc, scale, rho=correlation, validate_args=False)
+        self.__dict__["_innovation"] = variances[..., 1:].rsqrt()
+
+    @property
+    def formula_kl(self) -> Tensor:
+        """The paper's Eq. 6, the KL of N(loc, s R(rho)), in nats, shape (*batch,)."""
+        return self.location_kl + self._covariance_kl
+
+    @property
+    def location_kl(self) -> Tensor:
+        """|loc|^2 / 2, the part of the KL that the code charges in full, shape (*batch,)."""
+        return 0.5 * self.loc.square().sum(-1)
+
+    def charged_kl(self, batch_size: int) -> Tensor:
+        """The KL term that the code puts into its loss, per image, shape (*batch,).
+
+        |loc|^2 / 2 + (1/B) 1/2 (d (s - 1) - d log s - (d - 1) log(1 - rho^2 + epsilon))
+
+        The 1/B comes from a sum over the batch inside a mean over the batch.  (4.3), notebooks/04
+        """
+        return self.location_kl + self._covariance_kl / batch_size
+
+    @property
+    def _covariance_kl(self) -> Tensor:
+        d = self.loc.shape[-1]
+        log_s, rho = self.log_s.squeeze(-1), self.charged_rho.squeeze(-1)
+        log_det = d * log_s + (d - 1) * torch.log(1 - rho**2 + self.epsilon)
+        return 0.5 * (d * (log_s.exp() - 1) - log_det)
+
+
+class PublishedNotebook(AR1):
+    """Posterior of the README and the notebooks: innovations without sqrt(1 - rho^2)."""
+
+    forget_rho, epsilon = False, 1e-7
+
+    def forward(self, features: Tensor) -> PublishedNormal:
+        log_s, fisher_z = self.log_variance(features), self.fisher_z(features)
+        return PublishedNormal(self.loc(features), log_s, fisher_z, self.forget_rho, self.epsilon)
+
+
+class PublishedScript(PublishedNotebook):
+    """Posterior of models.py and main.py, which made the figures: a random walk without rho."""
+
+    forget_rho, epsilon = True, 0.0
+
+
+def published_loss(q: Distribution, z: Tensor, logits: Tensor, x: Tensor) -> Terms:
+    """The loss the released code minimises and reports, per image and in nats.
+
+    Alone among the objectives it depends on the batch it is given. With any other posterior it is
+    the negative ELBO, as in the code's baselines.                             (4.3), notebooks/04
+    """
+    terms = negative_elbo(q, z, logits, x)
+    if isinstance(q, PublishedNormal):
+        return terms._replace(loss=terms.reconstruction + q.charged_kl(len(x)))
+    return terms
+
+
+@torch.no_grad()
+def decompose(vae: VAE, images: Tensor, batch_size: int) -> dict[str, float]:
+    """The KL of a published posterior in its versions, means over images in nats.
+
+    Args:
+        vae: a model with a published posterior.
+        images: uint8, (n, channels, height, width).
+        batch_size: of the code's evaluation, which decides what it charges.
+    Returns:
+        kl_charged (in the reported loss), kl_formula (Eq. 6 of the paper, undivided), kl_true (of
+        what is sampled), location (|loc|^2 / 2, common to all three) and the mean rho and log s.
+    """
+    sums = torch.zeros(6, dtype=torch.float64)
+    for batch in images.split(batch_size):
+        q = vae.encode(to_unit_interval(batch))
+        kl_true = kl_divergence(q, standard_normal_like(q.mean))
+        per_image = (q.charged_kl(len(batch)), q.formula_kl, kl_true, q.location_kl,
+                     q.charged_rho.squeeze(-1), q.log_s.squeeze(-1))  # fmt: skip
+        sums += torch.stack(per_image).sum(1).cpu().double()
+    names = ("kl_charged", "kl_formula", "kl_true", "location", "rho", "log_s")
+    return dict(zip(names, (sums / len(images)).tolist(), strict=True))
+
+
+PUBLISHED_POSTERIORS = {
+    "published-notebook": PublishedNotebook,
+    "published-script": PublishedScript,
+}

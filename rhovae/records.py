@@ -1,0 +1,134 @@
+"""Result records: one JSON file per finished run, from which every figure and table is made."""
+
+import base64
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SCHEMA = 1
+REQUIRED = ("schema", "experiment", "history", "test", "iwae_nll", "parameters", "data",
+            "environment", "wall_time_s", "images")  # fmt: skip
+
+
+def save_record(record: dict, folder: str | Path) -> Path:
+    """Write a record to <folder>/<name>.json, whole or not at all.
+
+    Raises:
+        ValueError: a record with NaN or infinity, which JSON has no word for.
+    """
+    path = Path(folder) / f"{record['name']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return path
+
+
+def load_record(path: str | Path) -> dict:
+    """Read one record.
+
+    Raises:
+        ValueError: if it is not a complete record of the schema this version knows.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a result record: {error}.") from None
+    missing = [key for key in REQUIRED if not isinstance(record, dict) or key not in record]
+    if missing or record["schema"] != SCHEMA:
+        problem = f"lacks {', '.join(missing)}" if missing else f"has schema {record['schema']}"
+        raise ValueError(
+            f"{path} is not a result record of schema {SCHEMA}: it {problem}; delete it and run "
+            "its experiment again, or update rhovae."
+        )
+    return record
+
+
+def load_records(folder: str | Path, **configuration) -> list[dict]:
+    """All records of a folder whose experiment has the given values, in order of their names.
+
+    Args:
+        folder: where `save_record` put them.
+        configuration: fields of Experiment and the values wanted, e.g. dataset="mnist".
+    """
+    records = [load_record(path) for path in sorted(Path(folder).glob("*.json"))]
+    return [
+        record
+        for record in records
+        if all(record["experiment"].get(key) == value for key, value in configuration.items())
+    ]
+
+
+def curve(record: dict, quantity: str = "negative_elbo", split: str = "test") -> np.ndarray:
+    """One quantity over the epochs of a run, in nats per image."""
+    return np.array([entry[split][quantity] for entry in record["history"]])
+
+
+def mean_and_standard_error(values) -> tuple[float, float]:
+    """Mean over seeds and its standard error (NaN for one seed)."""
+    values = np.asarray(list(values), dtype=float)
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def by_posterior(records: list[dict]) -> dict[str, list[dict]]:
+    """Records grouped by posterior, in order of first appearance."""
+    groups = {}
+    for record in records:
+        groups.setdefault(record["experiment"]["posterior"], []).append(record)
+    return groups
+
+
+def result_table(records: list[dict]) -> str:
+    """Markdown table: one row per data set, latent and posterior, mean +- standard error in nats.
+
+    -ELBO and its parts are means over the test images after the last epoch; IWAE-NLL is the
+    importance-weighted NLL of the same runs.
+    """
+    lines = [
+        "| data | d | posterior | parameters of head | seeds | test -ELBO | reconstruction | KL "
+        "| IWAE-NLL | rho |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups = {}
+    for record in records:
+        key = tuple(record["experiment"][k] for k in ("dataset", "source", "latent", "posterior"))
+        groups.setdefault(key, []).append(record)
+    for (dataset, source, latent, posterior), group in groups.items():
+        cells = [f"{dataset} ({source})", latent, posterior]
+        cells += [f"{group[0]['parameters']['posterior']:,}", len(group)]
+        for key in ("negative_elbo", "reconstruction", "kl"):
+            cells.append(format_nats(record["test"][key] for record in group))
+        cells.append(format_nats(record["iwae_nll"] for record in group))
+        rhos = [record["history"][-1]["rho"] for record in group]
+        cells.append("" if None in rhos else format_nats(rhos))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def format_nats(values) -> str:
+    """Mean +- standard error over seeds; the mean alone for one seed."""
+    mean, error = mean_and_standard_error(values)
+    return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+
+
+def encode_png(pixels: np.ndarray) -> str:
+    """uint8 images (n, height, width), side by side in one row, as a base64 PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(list(pixels), axis=1)).save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def decode_png(text: str, count: int) -> np.ndarray:
+    """Undo `encode_png`: uint8 images (count, height, width)."""
+    row = np.asarray(Image.open(io.BytesIO(base64.b64decode(text, validate=True))))
+    return np.stack(np.split(row, count, axis=1))

@@ -1,0 +1,99 @@
+"""Fit a VAE: epochs over images that are already in memory, one history entry per epoch."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .data import to_unit_interval
+from .evaluation import evaluate, means_per_image
+from .objectives import Terms
+from .vae import VAE
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device, or for "auto" the first there is of cuda, mps and cpu."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def set_seed(seed: int, *path: int) -> None:
+    """Seed torch's generators on every device for one stage of a run, named by integers.
+
+    Each epoch has a stream of its own, so that what happens between two epochs (an evaluation, an
+    interruption) cannot change what follows.
+    """
+    state = np.random.SeedSequence((seed, *path)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
+
+
+def fit(
+    vae: VAE,
+    train: Tensor,
+    test: Tensor,
+    objective: Callable[..., Terms],
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    progress: bool = True,
+    label: str = "",
+) -> list[dict]:
+    """Train with Adam on the mean objective of each batch, and evaluate after every epoch.
+
+    Seeds torch's global generators. The order of the images is drawn on the CPU and is therefore
+    the same on every device.
+
+    Args:
+        vae: the model, on the device of the images.
+        train, test: uint8 images (n, channels, height, width).
+        objective: (q, z, logits, x) -> Terms, per image.
+        epochs, batch_size, learning_rate: the schedule; the last, smaller batch is kept.
+        seed: of the order of the images and of the posterior draws.
+        progress: show a tqdm bar over epochs.
+        label: what the bar is called.
+    Returns:
+        One entry per epoch: epoch, train and test means in nats per image (loss, negative_elbo,
+        reconstruction, kl), and the mean rho over test images (None without a rho).
+    Raises:
+        FloatingPointError: a training loss that is no longer finite, with the epoch.
+    """
+    optimizer = torch.optim.Adam(vae.parameters(), lr=learning_rate, fused=True)
+    history = []
+    bar = tqdm(range(1, epochs + 1), desc=label, unit="epoch", disable=None if progress else True)
+    for epoch in bar:
+        set_seed(seed, 1, epoch)
+        train_means = _train_epoch(vae, train, objective, optimizer, batch_size)
+        if not math.isfinite(train_means["loss"]):
+            raise FloatingPointError(
+                f"The training loss became {train_means['loss']} in epoch {epoch} of {epochs}; "
+                f"lower the learning rate (it is {learning_rate})."
+            )
+        set_seed(seed, 2)  # the same draws after every epoch, so that curves show the model move
+        test_means, rho = evaluate(vae, test, objective, batch_size)
+        history.append({"epoch": epoch, "train": train_means, "test": test_means, "rho": rho})
+        bar.set_postfix_str(f"test -ELBO {test_means['negative_elbo']:.2f} nats")
+    return history
+
+
+def _train_epoch(vae, images, objective, optimizer, batch_size) -> dict[str, float]:
+    """One pass in random order; means over the images, each seen with the weights of its step."""
+    vae.train()
+    order = torch.randperm(len(images)).to(images.device)
+    sums = []
+    for indices in order.split(batch_size):
+        x = to_unit_interval(images[indices])
+        terms = objective(*vae(x), x)
+        optimizer.zero_grad()
+        terms.loss.mean().backward()
+        optimizer.step()
+        # Left on the device: asking for the numbers now would make every step wait.
+        sums.append(torch.stack(terms).detach().sum(1))
+    return means_per_image(sums, len(images))
