@@ -24,7 +24,8 @@ EMBEDDED_SHA256 = {
 }
 
 _PACKAGE = Path(__file__).resolve().parent
-_REPOSITORY = _PACKAGE.parent
+# A clone has its data folder beside the package; an installed package carries it inside.
+DATA_FOLDER = next(p for p in (_PACKAGE.parent / "data", _PACKAGE / "_data") if p.is_dir())
 
 
 def load_images(
@@ -37,7 +38,7 @@ def load_images(
         split: "train" or "test".
         source: "embedded" for the sample in this repository, "full" for all 60,000 or 10,000.
         root: folder with the full sets in torchvision's layout; else the environment variable
-            RHOVAE_DATA, else data/torchvision/ in the repository. Sets that are missing there are
+            RHOVAE_DATA, else torchvision/ in the data folder. Sets that are missing there are
             downloaded by torchvision.
     Returns:
         uint8 tensor of shape (n, 1, 28, 28), 0 is black.
@@ -104,14 +105,11 @@ def require_known(what: str, name: str, known) -> None:
 
 
 def _embedded(name: str) -> dict[str, np.ndarray]:
-    # A wheel carries the samples inside the package, a clone in its data folder.
-    folders = (_PACKAGE / "embedded", _REPOSITORY / "data" / "embedded")
-    paths = [folder / f"{name}.npz" for folder in folders]
-    path = next((p for p in paths if p.is_file()), None)
-    if path is None:
+    path = DATA_FOLDER / "embedded" / f"{name}.npz"
+    if not path.is_file():
         raise FileNotFoundError(
-            f"The embedded sample {name}.npz is neither in {paths[0].parent} nor in "
-            f"{paths[1].parent}; reinstall rhovae or restore it with `git checkout data/embedded`."
+            f"The embedded sample {path.name} is not in {path.parent}; reinstall rhovae, or in a "
+            "clone restore it with `git checkout data/embedded`."
         )
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
@@ -125,18 +123,21 @@ def _embedded(name: str) -> dict[str, np.ndarray]:
 
 
 def _full(name: str, split: str, root: str | Path | None):
-    root = Path(root or os.environ.get("RHOVAE_DATA") or _REPOSITORY / "data" / "torchvision")
+    root = Path(root or os.environ.get("RHOVAE_DATA") or DATA_FOLDER / "torchvision")
     dataset, train = DATASETS[name], split == "train"
+    folder = root / dataset.__name__ / "raw"
+    complete = len(list(folder.glob("*-ubyte"))) == 4
     try:
-        return dataset(root, train=train, download=False)
-    except RuntimeError:
-        pass  # torchvision's way to say that the files are not there
-    try:
-        return dataset(root, train=train, download=True)
-    except (RuntimeError, OSError) as error:
-        folder = root / dataset.__name__ / "raw"
-        raise FileNotFoundError(
-            f"The full {name} is not in {folder} and could not be downloaded "
-            f"({type(error).__name__}: {error}); put torchvision's four files of it there, point "
-            "RHOVAE_DATA or root at a folder that has them, or use source='embedded'."
-        ) from None
+        return dataset(root, train=train, download=not complete)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = f"({type(error).__name__}: {error})"
+    if complete:
+        raise ValueError(
+            f"The full {name} in {folder} is damaged {reason}; delete its files there to have them "
+            "downloaded again, or use source='embedded'."
+        )
+    raise FileNotFoundError(
+        f"The full {name} is not in {folder} and could not be downloaded {reason}; put "
+        "torchvision's four files of it there, point RHOVAE_DATA or root at a folder that has "
+        "them, or use source='embedded'."
+    )

@@ -1,0 +1,224 @@
+"""From a name to a record: training, seeds, records and what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from rhovae import Experiment, run_experiment
+from rhovae.experiments import ALL_OBJECTIVES, ALL_POSTERIORS, build_vae
+from rhovae.objectives import negative_elbo
+from rhovae.records import decode_png, load_record, load_records, result_table, save_record
+from rhovae.training import fit, pick_device, set_seed
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def images():
+    """Blurred squares: enough structure for a loss to fall."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randint(2, 6, (96, 2, 1, 1), generator=generator)
+    rows, columns = torch.arange(8)[:, None], torch.arange(8)
+    distance = (rows - centres[:, 0]).abs() + (columns - centres[:, 1]).abs()
+    pixels = (255 - 80 * distance).clamp(0, 255).to(torch.uint8)
+    return pixels[:64], pixels[64:]
+
+
+SMALL = dict(dataset="squares", source="own", latent=3, epochs=2, batch_size=24,
+             iwae_samples=5, iwae_images=10)  # fmt: skip
+
+
+def run(images, folder=None, reuse=False, **changes):
+    experiment = Experiment(**{**SMALL, **changes})
+    train, test = images
+    return run_experiment(experiment, train=train, test=test, folder=folder, reuse=reuse,
+                          device="cpu", progress=False)  # fmt: skip
+
+
+def without_times(record):
+    return json.dumps({k: v for k, v in record.items() if k != "wall_time_s"})
+
+
+@pytest.mark.parametrize("posterior", ALL_POSTERIORS)
+def test_the_same_seed_gives_the_same_record(images, posterior):
+    first = run(images, posterior=posterior)
+    torch.rand(17)  # what happened before must not matter
+    second = run(images, posterior=posterior)
+    assert without_times(first) == without_times(second)
+    other = run(images, posterior=posterior, seed=1)
+    assert first["history"] != other["history"]
+
+
+def test_training_lowers_the_loss(images):
+    history = run(images, epochs=30, learning_rate=1e-2)["history"]
+    assert history[-1]["test"]["loss"] < 0.8 * history[0]["test"]["loss"]
+
+
+def test_what_a_record_holds(images):
+    record = run(images)
+    assert [entry["epoch"] for entry in record["history"]] == [1, 2]
+    for entry in record["history"]:
+        for split in ("train", "test"):
+            means = entry[split]
+            total = means["reconstruction"] + means["kl"]
+            assert math.isclose(means["negative_elbo"], total)
+            assert math.isclose(means["loss"], total, rel_tol=1e-5)
+        assert -1 < entry["rho"] < 1
+    assert record["test"] == record["history"][-1]["test"]
+    parameters = record["parameters"]
+    assert parameters["posterior"] == 401 * (3 + 2)
+    parts = parameters["encoder"] + parameters["posterior"] + parameters["decoder"]
+    assert parameters["total"] == parts
+    assert record["environment"]["torch"] == torch.__version__.split("+")[0]
+    assert {"device", "threads", "python", "numpy", "rhovae", "commit"} <= set(
+        record["environment"]
+    )
+    assert record["wall_time_s"]["all"] >= record["wall_time_s"]["training"] > 0
+    assert decode_png(record["images"]["samples"], 32).shape == (32, 8, 8)
+    assert (decode_png(record["images"]["originals"], 8) == images[1][:8].numpy()).all()
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_an_evaluation_in_between_does_not_change_training(images):
+    """Each epoch has its own random stream: two epochs at once are one and then another."""
+    train, test = (part.unsqueeze(1) for part in images)
+    experiment = Experiment(**SMALL)
+    histories = []
+    for evaluation_images in (test, test[:1]):
+        vae = build_vae(experiment, (1, 8, 8))
+        histories.append(
+            fit(vae, train, evaluation_images, negative_elbo, epochs=3, progress=False)
+        )
+    for one, other in zip(*histories, strict=True):
+        assert one["train"] == other["train"]
+
+
+def test_published_posteriors_report_a_loss_that_is_not_their_elbo(images):
+    for name in ("published-notebook", "published-script"):
+        record = run(images, posterior=name)
+        assert record["experiment"]["objective"] == "as-published"
+        parts, test = record["published"], record["test"]
+        assert math.isclose(parts["kl_true"], test["kl"], rel_tol=1e-5)
+        reported = test["reconstruction"] + parts["kl_charged"]
+        assert math.isclose(reported, test["loss"], rel_tol=1e-5)
+        assert test["negative_elbo"] > test["loss"]
+
+
+def test_records_are_written_whole_and_reused(images, tmp_path):
+    record = run(images, folder=tmp_path)
+    path = tmp_path / f"{record['name']}.json"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert load_record(path) == record
+    stamped = {**record, "wall_time_s": {"training": 0, "all": 0}}
+    save_record(stamped, tmp_path)
+    assert run(images, folder=tmp_path, reuse=True) == stamped
+    assert run(images, folder=tmp_path) != stamped
+
+
+def test_records_are_selected_and_tabulated(images, tmp_path):
+    for posterior in ("diagonal", "ar1"):
+        for seed in (0, 1):
+            run(images, folder=tmp_path, posterior=posterior, seed=seed)
+    assert len(load_records(tmp_path)) == 4
+    chosen = load_records(tmp_path, posterior="ar1", latent=3)
+    assert {r["experiment"]["seed"] for r in chosen} == {0, 1}
+    table = result_table(load_records(tmp_path)).splitlines()
+    assert len(table) == 4 and "±" in table[2] and table[2].count("|") == table[0].count("|")
+
+
+def test_the_name_of_a_record_tells_what_is_not_default():
+    assert Experiment("mnist").name == "mnist-embedded-mlp-elbo-ar1-d10-e15-s0"
+    changed = Experiment("mnist", learning_rate=0.01, initialisation="xavier")
+    assert changed.name.endswith("s0-learning_rate=0.01-initialisation=xavier")
+
+
+@pytest.mark.parametrize(
+    "damage,sentence",
+    [
+        (lambda text: text[: len(text) // 2], "is not a result record: "),
+        (lambda text: "[]", "is not a result record of schema 1: it lacks schema"),
+        (lambda text: text.replace('"schema": 1', '"schema": 2'), "it has schema 2; delete it"),
+        (lambda text: text.replace('"iwae_nll"', '"nll"'), "it lacks iwae_nll; delete it"),
+    ],
+)
+def test_a_damaged_record_is_refused_with_its_name(images, tmp_path, damage, sentence):
+    record = run(images, folder=tmp_path)
+    path = tmp_path / f"{record['name']}.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=sentence) as error:
+        load_records(tmp_path)
+    assert path.name in str(error.value)
+
+
+def test_a_record_with_nan_is_not_written(images, tmp_path):
+    record = {**run(images), "iwae_nll": math.nan}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_record(record, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes,sentence",
+    [
+        (
+            dict(posterior="ar2"),
+            "Unknown posterior 'ar2'; known are 'isotropic', ",
+        ),
+        (dict(dataset="cifar"), "Unknown data set 'cifar'; known are 'mnist', 'fashion-mnist'"),
+        (dict(source="web"), "Unknown source 'web'; known are 'embedded', 'full', 'own'"),
+        (dict(architecture="resnet"), "Unknown architecture 'resnet'; known are 'mlp'"),
+        (dict(objective="iwae"), "Unknown objective 'iwae'; known are 'elbo', 'as-published'"),
+        (dict(initialisation="zeros"), "Unknown initialisation 'zeros'"),
+        (dict(latent=0), "latent is 0; it must be an integer of at least 1"),
+        (dict(latent=2.5), "latent is 2.5; it must be an integer"),
+        (dict(epochs=-1), "epochs is -1"),
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(learning_rate=0.0), "learning_rate is 0.0; it must be positive"),
+        (dict(learning_rate=math.nan), "learning_rate is nan"),
+    ],
+)
+def test_an_experiment_that_cannot_be_run_is_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Experiment(**{"dataset": "mnist", **changes})
+
+
+def test_own_images_go_with_their_source(images):
+    train, test = images
+    with pytest.raises(ValueError, match="source is 'own' and not both train and test"):
+        run_experiment(Experiment("squares", source="own"))
+    with pytest.raises(ValueError, match="pass both with source='own', or neither"):
+        run_experiment(Experiment("mnist"), train=train, test=test)
+    with pytest.raises(ValueError, match="pass both with source='own', or neither"):
+        run_experiment(Experiment("squares", source="own"), train=train)
+    with pytest.raises(ValueError, match="they must be the same"):
+        run_experiment(Experiment("squares", source="own"), train=train, test=test[:, 1:])
+
+
+def test_a_loss_that_explodes_stops_the_run(images):
+    with pytest.raises(FloatingPointError, match=r"became (nan|inf) in epoch \d+ of 20; lower the"):
+        run(images, epochs=20, learning_rate=1e4)
+
+
+def test_devices_and_seeds():
+    assert pick_device("cpu").type == "cpu" and pick_device().type in ("cuda", "mps", "cpu")
+    draws = []
+    for path in ((0, 1), (0, 2), (1, 1), (0, 1)):
+        set_seed(*path)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[3] and len(set(draws)) == 3
+    assert set(ALL_OBJECTIVES) == {"elbo", "as-published"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_runs_on_a_gpu(images):
+    train, test = images
+    record = run_experiment(
+        Experiment(**SMALL), train=train, test=test, device="cuda", progress=False
+    )
+    assert record["environment"]["device"] == torch.cuda.get_device_name()

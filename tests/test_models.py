@@ -1,0 +1,157 @@
+"""Posterior heads, networks, the VAE and its objectives."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import kl_divergence
+
+from rhovae import POSTERIORS, VAE, AR1Normal
+from rhovae.evaluation import evaluate, iwae_nll
+from rhovae.experiments import ALL_POSTERIORS, Experiment, build_vae
+from rhovae.networks import NETWORKS
+from rhovae.objectives import (
+    bernoulli_nll,
+    importance_weighted_nll,
+    negative_elbo,
+    standard_normal_like,
+)
+from rhovae.vae import count_parameters
+
+SHAPE = (1, 6, 5)
+
+
+def small_vae(posterior="ar1", latent=3):
+    bodies = NETWORKS["mlp"](SHAPE, latent, hidden=8)
+    head = ALL_POSTERIORS[posterior](bodies.features, latent)
+    return VAE(bodies.encoder, head, bodies.decoder)
+
+
+@pytest.mark.parametrize("posterior", ALL_POSTERIORS)
+@pytest.mark.parametrize("latent", [1, 2, 7])
+def test_every_head_fits_every_network(posterior, latent):
+    for network in NETWORKS.values():
+        bodies = network(SHAPE, latent)
+        vae = VAE(
+            bodies.encoder, ALL_POSTERIORS[posterior](bodies.features, latent), bodies.decoder
+        )
+        x = torch.rand(4, *SHAPE)
+        q, z, logits = vae(x)
+        assert q.batch_shape == (4,) and q.event_shape == (latent,) and z.shape == (4, latent)
+        assert logits.shape == x.shape and vae.generate(2).shape == (2, *SHAPE)
+        negative_elbo(q, z, logits, x).loss.mean().backward()
+        # A single latent variable has no neighbour, so nothing depends on rho.
+        unused = {"posterior.fisher_z.weight", "posterior.fisher_z.bias"} if latent == 1 else set()
+        if posterior == "published-script":
+            unused |= {"posterior.fisher_z.weight", "posterior.fisher_z.bias"}
+        for name, parameter in vae.named_parameters():
+            no_gradient = parameter.grad is None or not parameter.grad.any()
+            assert no_gradient == (name in unused), name
+
+
+def test_parameters_of_the_heads():
+    features, latent = 400, 5
+    numbers = {"isotropic": latent + 1, "diagonal": 2 * latent, "ar1": latent + 2}
+    for name, expected in numbers.items():
+        head = POSTERIORS[name](features, latent)
+        assert head.numbers_per_image == expected
+        assert count_parameters(head) == (features + 1) * expected
+
+
+def test_the_mlp_is_the_papers():
+    vae = build_vae(Experiment("mnist", posterior="diagonal", latent=5), (1, 28, 28))
+    weights = [tuple(p.shape) for name, p in vae.named_parameters() if name.endswith("weight")]
+    assert weights == [(400, 784), (5, 400), (5, 400), (400, 5), (784, 400)]
+
+
+def test_the_ar1_head_is_an_ar1_normal():
+    head = POSTERIORS["ar1"](4, 6)
+    features = torch.randn(2, 4)
+    q = head(features)
+    assert type(q) is AR1Normal
+    torch.testing.assert_close(q.rho, torch.tanh(head.fisher_z(features)))
+    torch.testing.assert_close(q.scale**2, torch.exp(head.log_variance(features)))
+
+
+def test_xavier_touches_linear_layers_only():
+    vae = build_vae(Experiment("mnist", initialisation="xavier"), SHAPE)
+    linear = vae.encoder[1]
+    bound = math.sqrt(6 / (linear.in_features + linear.out_features))
+    assert not linear.bias.any() and 0.98 * bound < linear.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_the_objective_does_not_change_when_the_batch_is_split(posterior):
+    vae = small_vae(posterior)
+    x = torch.rand(12, *SHAPE)
+    q, z, logits = vae(x)
+    whole = negative_elbo(q, z, logits, x)
+    parts = []
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 12)):
+        q_part = vae.encode(x[rows])
+        parts.append(negative_elbo(q_part, z[rows], vae.decoder(z[rows]), x[rows]))
+    for together, split in zip(whole, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(split), together, rtol=1e-12, atol=1e-12)
+    kl = kl_divergence(q, standard_normal_like(q.mean))
+    torch.testing.assert_close(whole.kl, kl)
+    torch.testing.assert_close(whole.loss, whole.reconstruction + kl)
+
+
+def test_bernoulli_nll_is_the_binary_likelihood():
+    x, logits = torch.randint(0, 2, (3, *SHAPE)).double(), torch.randn(3, *SHAPE)
+    expected = -torch.distributions.Bernoulli(logits=logits).log_prob(x).sum((1, 2, 3))
+    torch.testing.assert_close(bernoulli_nll(logits, x), expected)
+    torch.testing.assert_close(bernoulli_nll(logits.expand(4, *logits.shape), x)[2], expected)
+
+
+def test_importance_weighted_nll_does_not_depend_on_the_chunks():
+    vae, x = small_vae(), torch.rand(5, *SHAPE)
+    estimates = []
+    for pixels in (1, 400, 10**9):
+        torch.manual_seed(7)
+        estimates.append(importance_weighted_nll(vae, x, samples=4000, max_pixels=pixels))
+    assert estimates[0].shape == (5,)
+    # The chunks draw in another order only where a chunk holds several draws of several images.
+    for estimate in estimates[1:]:
+        torch.testing.assert_close(estimate, estimates[0], rtol=0, atol=0.05)
+
+
+def test_importance_weighted_nll_is_the_evidence_of_a_model_we_can_integrate():
+    vae = small_vae(latent=2)
+    x = torch.rand(3, *SHAPE)
+    axis = torch.linspace(-8, 8, 321)
+    z = torch.cartesian_prod(axis, axis)
+    log_joint = standard_normal_like(z).log_prob(z)[:, None] - torch.stack(
+        [bernoulli_nll(vae.decoder(z), row.expand(len(z), *SHAPE)) for row in x], dim=1
+    )
+    exact = -(log_joint.logsumexp(0) + 2 * math.log(axis[1] - axis[0]))
+    estimate = importance_weighted_nll(vae, x, samples=20_000)
+    torch.testing.assert_close(estimate, exact, rtol=0, atol=0.05)
+    q, z, logits = vae(x.repeat(500, 1, 1, 1))
+    assert (negative_elbo(q, z, logits, x.repeat(500, 1, 1, 1)).loss.mean() > exact.mean()).all()
+
+
+def test_importance_weighted_nll_needs_a_sample():
+    with pytest.raises(ValueError, match="samples is 0; the bound needs at least 1"):
+        importance_weighted_nll(small_vae(), torch.rand(1, *SHAPE), samples=0)
+
+
+def test_evaluation_averages_over_all_images():
+    torch.set_default_dtype(torch.float32)
+    vae = small_vae()
+    images = torch.randint(0, 256, (25, *SHAPE), dtype=torch.uint8)
+    values = []
+    for batch_size in (1, 10, 100):
+        means, rho = evaluate(vae, images, negative_elbo, batch_size)
+        assert -1 < rho < 1
+        assert means["negative_elbo"] == means["reconstruction"] + means["kl"]
+        values.append(means["kl"])
+    assert max(values) - min(values) < 1e-5
+    assert evaluate(small_vae("diagonal"), images, negative_elbo)[1] is None
+    assert math.isfinite(iwae_nll(vae, images, samples=10, batch_size=7))
+
+
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_a_head_needs_a_latent_variable(posterior):
+    with pytest.raises(ValueError, match="latent is 0; a posterior needs at least 1"):
+        POSTERIORS[posterior](4, 0)
