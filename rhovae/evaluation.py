@@ -63,3 +63,25 @@ def iwae_nll(vae: VAE, images: Tensor, samples: int = 500, batch_size: int = 100
     batches = (to_unit_interval(batch) for batch in images.split(batch_size))
     sums = [importance_weighted_nll(vae, x, samples).cpu().double().sum() for x in batches]
     return (torch.stack(sums).sum() / len(images)).item()
+
+
+@torch.no_grad()
+def latent_statistics(vae: VAE, images: Tensor, batch_size: int = 1000) -> dict:
+    """How much of the latent space is used: per dimension, and counted.
+
+    Returns:
+        variance_of_means: Var_x(E_q[z_j]) over images, per dimension.
+        mean_variance: E_x(Var_q[z_j]), per dimension; the two add up to about 1 where the
+            aggregated posterior matches the prior.
+        active_units: dimensions with variance_of_means > 0.01 (Burda et al. 2016, Sec. 5.2).
+    """
+    vae.eval()
+    posteriors = [vae.encode(to_unit_interval(batch)) for batch in images.split(batch_size)]
+    means = torch.cat([q.mean.cpu() for q in posteriors]).double()
+    variances = torch.cat([q.variance.cpu() for q in posteriors]).double()
+    variance_of_means = means.var(0, correction=0)
+    return {
+        "variance_of_means": variance_of_means.tolist(),
+        "mean_variance": variances.mean(0).tolist(),
+        "active_units": int((variance_of_means > 0.01).sum()),
+    }

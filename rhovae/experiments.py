@@ -21,9 +21,9 @@ from .data import (
     require_known,
     to_unit_interval,
 )
-from .evaluation import iwae_nll
+from .evaluation import evaluate, iwae_nll, latent_statistics
 from .networks import NETWORKS
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, negative_elbo
 from .posteriors import POSTERIORS
 from .published import PUBLISHED_POSTERIORS, decompose, published_loss
 from .records import SCHEMA, encode_png, load_record, save_record
@@ -158,15 +158,23 @@ def run_experiment(
         progress=progress, label=experiment.posterior,
     )  # fmt: skip
     training_time = time.perf_counter() - start
+    judged = test[: experiment.iwae_images]
     set_seed(experiment.seed, 3)
-    nll = iwae_nll(vae, test[: experiment.iwae_images], experiment.iwae_samples)
+    nll = iwae_nll(vae, judged, experiment.iwae_samples)
+    same_images, _ = evaluate(vae, judged, negative_elbo)
     record = {
         "schema": SCHEMA,
         "name": experiment.name,
         "experiment": dataclasses.asdict(experiment),
         "history": history,
         "test": history[-1]["test"],
-        "iwae_nll": nll,
+        "iwae": {
+            "nll": nll,
+            "negative_elbo": same_images["negative_elbo"],
+            "samples": experiment.iwae_samples,
+            "images": len(judged),
+        },
+        "latent": latent_statistics(vae, test),
         "parameters": {
             "total": count_parameters(vae),
             **{name: count_parameters(part) for name, part in vae.named_children()},

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 SCHEMA = 1
-REQUIRED = ("schema", "experiment", "history", "test", "iwae_nll", "parameters", "data",
+REQUIRED = ("schema", "experiment", "history", "test", "iwae", "latent", "parameters", "data",
             "environment", "wall_time_s", "images")  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def result_table(records: list[dict]) -> str:
         cells += [f"{group[0]['parameters']['posterior']:,}", len(group)]
         for key in ("negative_elbo", "reconstruction", "kl"):
             cells.append(format_nats(record["test"][key] for record in group))
-        cells.append(format_nats(record["iwae_nll"] for record in group))
+        cells.append(format_nats(record["iwae"]["nll"] for record in group))
         rhos = [record["history"][-1]["rho"] for record in group]
         cells.append("" if None in rhos else format_nats(rhos))
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -79,6 +79,8 @@ def test_what_a_record_holds(images):
         record["environment"]
     )
     assert record["wall_time_s"]["all"] >= record["wall_time_s"]["training"] > 0
+    assert record["iwae"]["negative_elbo"] > record["iwae"]["nll"]
+    assert record["latent"]["active_units"] <= 3 == len(record["latent"]["mean_variance"])
     assert decode_png(record["images"]["samples"], 32).shape == (32, 8, 8)
     assert (decode_png(record["images"]["originals"], 8) == images[1][:8].numpy()).all()
     assert json.loads(json.dumps(record)) == record
@@ -143,7 +145,7 @@ def test_the_name_of_a_record_tells_what_is_not_default():
         (lambda text: text[: len(text) // 2], "is not a result record: "),
         (lambda text: "[]", "is not a result record of schema 1: it lacks schema"),
         (lambda text: text.replace('"schema": 1', '"schema": 2'), "it has schema 2; delete it"),
-        (lambda text: text.replace('"iwae_nll"', '"nll"'), "it lacks iwae_nll; delete it"),
+        (lambda text: text.replace('"iwae"', '"nll"'), "it lacks iwae; delete it"),
     ],
 )
 def test_a_damaged_record_is_refused_with_its_name(images, tmp_path, damage, sentence):
@@ -156,7 +158,7 @@ def test_a_damaged_record_is_refused_with_its_name(images, tmp_path, damage, sen
 
 
 def test_a_record_with_nan_is_not_written(images, tmp_path):
-    record = {**run(images), "iwae_nll": math.nan}
+    record = {**run(images), "iwae": math.nan}
     with pytest.raises(ValueError, match="not JSON compliant"):
         save_record(record, tmp_path)
     assert not list(tmp_path.iterdir())
