@@ -51,14 +51,19 @@ def innovation_scale_from_fisher_z(fisher_z: Tensor) -> Tensor:
 
 
 def log_one_minus_rho_squared(rho: Tensor) -> Tensor:
-    """log(1 - rho^2) as a sum, exact near rho = 0 and near |rho| = 1.         (1.4), notebooks/01
+    """log(1 - rho^2) from a correlation that is exact as given.               (1.4), notebooks/01
+
+    log1p(-rho) + log1p(rho) near |rho| = 1, where rho^2 would round 1 - rho^2 away, and
+    log1p(-rho^2) near 0, where the two terms of the sum would cancel.
 
     Args:
         rho: correlations in (-1, 1), any shape.
     Returns:
         Same shape, at most 0.
     """
-    return torch.log1p(-rho) + torch.log1p(rho)
+    large = torch.log1p(-rho) + torch.log1p(rho)
+    small = torch.log1p(-rho.clamp(-0.5, 0.5).square())
+    return torch.where(rho.abs() < 0.5, small, large)
 
 
 def log_one_minus_rho_squared_from_fisher_z(fisher_z: Tensor) -> Tensor:

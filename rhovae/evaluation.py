@@ -74,14 +74,18 @@ def latent_statistics(vae: VAE, images: Tensor, batch_size: int = 1000) -> dict:
         mean_variance: E_x(Var_q[z_j]), per dimension; the two add up to about 1 where the
             aggregated posterior matches the prior.
         active_units: dimensions with variance_of_means > 0.01 (Burda et al. 2016, Sec. 5.2).
+        abs_rho: mean |rho| over images and steps, None without a rho. The sign of a correlation
+            says nothing: flipping every second latent axis flips it.
     """
     vae.eval()
     posteriors = [vae.encode(to_unit_interval(batch)) for batch in images.split(batch_size)]
     means = torch.cat([q.mean.cpu() for q in posteriors]).double()
     variances = torch.cat([q.variance.cpu() for q in posteriors]).double()
+    rhos = [q.rho.abs().mean(-1).cpu() for q in posteriors if hasattr(q, "rho")]
     variance_of_means = means.var(0, correction=0)
     return {
         "variance_of_means": variance_of_means.tolist(),
         "mean_variance": variances.mean(0).tolist(),
         "active_units": int((variance_of_means > 0.01).sum()),
+        "abs_rho": torch.cat(rhos).double().mean().item() if rhos else None,
     }

@@ -96,7 +96,7 @@ def result_table(records: list[dict]) -> str:
     """
     lines = [
         "| data | d | posterior | parameters of head | seeds | test -ELBO | reconstruction | KL "
-        "| IWAE-NLL | rho |",
+        "| IWAE-NLL | mean abs. rho |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups = {}
@@ -109,7 +109,7 @@ def result_table(records: list[dict]) -> str:
         for key in ("negative_elbo", "reconstruction", "kl"):
             cells.append(format_nats(record["test"][key] for record in group))
         cells.append(format_nats(record["iwae"]["nll"] for record in group))
-        rhos = [record["history"][-1]["rho"] for record in group]
+        rhos = [record["latent"]["abs_rho"] for record in group]
         cells.append("" if None in rhos else format_nats(rhos))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -132,3 +132,13 @@ def test_fisher_z_forms_agree_with_rho_and_are_smooth():
     ):
         assert torch.autograd.gradcheck(function, a)
         assert torch.autograd.gradgradcheck(function, a)
+
+
+@given(st.floats(-1, 1, exclude_min=True, exclude_max=True))
+@settings(deadline=None)
+def test_log_determinant_loses_nothing_that_rho_holds(rho):
+    mpmath = pytest.importorskip("mpmath")
+    with mpmath.workdps(60):
+        exact = mpmath.log1p(-(mpmath.mpf(rho) ** 2))
+    log = ar1.log_one_minus_rho_squared(torch.tensor(rho)).item()
+    assert abs(log - exact) < 1e-14 * abs(exact) + 1e-300

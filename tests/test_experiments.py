@@ -80,6 +80,7 @@ def test_what_a_record_holds(images):
     )
     assert record["wall_time_s"]["all"] >= record["wall_time_s"]["training"] > 0
     assert record["iwae"]["negative_elbo"] > record["iwae"]["nll"]
+    assert 0 <= record["latent"]["abs_rho"] < 1
     assert record["latent"]["active_units"] <= 3 == len(record["latent"]["mean_variance"])
     assert decode_png(record["images"]["samples"], 32).shape == (32, 8, 8)
     assert (decode_png(record["images"]["originals"], 8) == images[1][:8].numpy()).all()

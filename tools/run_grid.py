@@ -53,8 +53,12 @@ def main() -> None:
     experiments = GRIDS[arguments.grid]()
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         runs = [pool.submit(_run, e, arguments.root, threads) for e in experiments]
-        for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
-            tqdm.write(run.result())
+        try:
+            for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
+                tqdm.write(run.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # finish what runs, start nothing more
+            raise
 
 
 if __name__ == "__main__":
