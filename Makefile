@@ -33,9 +33,9 @@ figures: $(READY)  ## redraw figures/ from the committed records
 test: $(READY)  ## lint, unit tests, doctests, and every cell of every notebook
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:doctest \
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -o addopts= \
 	    --nbval --nbval-current-env --nbval-cell-timeout 300 $(STRICT)
-	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:doctest \
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -o addopts= \
 	    --nbval-lax --nbval-current-env --nbval-cell-timeout 300 $(LAX)
 
 # Their outputs depend on training, hence on machine and threads; the cells assert what must hold.

@@ -56,16 +56,19 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
     return path
 
 
-def loss_curves(axes: Axes, records: list[dict], quantity: str = "negative_elbo") -> None:
+def loss_curves(
+    axes: Axes, records: list[dict], quantity: str = "negative_elbo", factor: float = 1.0
+) -> None:
     """Test curves over epochs: the mean over seeds, and a band from the best to the worst seed.
 
     Args:
         axes: where to draw.
         records: runs that differ in posterior and seed only.
         quantity: of the history, "negative_elbo", "loss", "reconstruction" or "kl".
+        factor: a normalisation to show the curves under.
     """
     for posterior, runs in by_posterior(records).items():
-        curves = np.stack([curve(run, quantity) for run in runs])
+        curves = factor * np.stack([curve(run, quantity) for run in runs])
         epochs = np.arange(1, curves.shape[1] + 1)
         color = COLORS[posterior]
         axes.fill_between(epochs, curves.min(0), curves.max(0), color=color, alpha=0.25, lw=0)

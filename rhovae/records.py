@@ -1,6 +1,7 @@
 """Result records: one JSON file per finished run, from which every figure and table is made."""
 
 import base64
+import csv
 import io
 import json
 import math
@@ -73,6 +74,35 @@ def curve(record: dict, quantity: str = "negative_elbo", split: str = "test") ->
     return np.array([entry[split][quantity] for entry in record["history"]])
 
 
+def published_curves(path: str | Path, figure: str) -> dict[tuple[str, str], dict[int, float]]:
+    """The paper's own test losses: (data set, posterior) -> epoch -> nats, see data/README.md.
+
+    Args:
+        path: data/published_curves.csv.
+        figure: "figure1_vae", "figure3_beta_vae", "figure4_cnn_vae", "figure5_info_vae" or
+            "notebook".
+    """
+    curves = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            if row["figure"] == figure:
+                epochs = curves.setdefault((row["dataset"], row["posterior"]), {})
+                epochs[int(row["epoch"])] = float(row["test_loss"])
+    if not curves:
+        raise ValueError(f"{path} has no curve of a figure {figure!r}.")
+    return curves
+
+
+def paired_difference(ones: list[dict], others: list[dict], value) -> np.ndarray:
+    """value(one) - value(other) for the runs of each seed that both have, in order of seed.
+
+    The runs of a seed share the order of images and the noise, so their difference varies less
+    than either.
+    """
+    left, right = ({r["experiment"]["seed"]: value(r) for r in runs} for runs in (ones, others))
+    return np.array([left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())])
+
+
 def mean_and_standard_error(values) -> tuple[float, float]:
     """Mean over seeds and its standard error (NaN for one seed)."""
     values = np.asarray(list(values), dtype=float)
@@ -109,7 +139,7 @@ def result_table(records: list[dict]) -> str:
         for key in ("negative_elbo", "reconstruction", "kl"):
             cells.append(format_nats(record["test"][key] for record in group))
         cells.append(format_nats(record["iwae"]["nll"] for record in group))
-        rhos = [record["latent"]["abs_rho"] for record in group]
+        rhos = [record["latent"].get("abs_rho") for record in group]
         cells.append("" if None in rhos else format_nats(rhos))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -102,3 +102,10 @@ def test_a_failing_cell_is_named(tmp_path):
     message = r"broken.ipynb failed in code cell 2: ZeroDivisionError: division by zero"
     with pytest.raises(SystemExit, match=message):
         tool.run(path, tmp_path / "out" / "broken.ipynb", {})
+
+
+@every_notebook
+def test_no_cell_ends_with_a_semicolon(path):
+    # nbval runs cells without history, where IPython does not see the semicolon and prints.
+    for cell in tool.read(path).cells:
+        assert cell.cell_type != "code" or not cell.source.endswith(";"), cell.source

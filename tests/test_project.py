@@ -1,5 +1,7 @@
 """Files that must agree with one another."""
 
+import ast
+import json
 import re
 import subprocess
 import sys
@@ -80,3 +82,33 @@ def test_the_results_in_the_readme_are_those_of_the_records():
 def test_the_recipe_in_the_readme_runs():
     code = re.search(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     subprocess.run([sys.executable, "-c", code + "\nassert kl.shape == (128,)"], check=True)
+
+
+def test_every_cited_equation_is_in_its_notebook():
+    texts = {path.name: path.read_text() for path in (ROOT / "rhovae").glob("*.py")}
+    tags = set()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        prose = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        found = re.findall(r"\\tag\{(\d\.\d+)\}", prose)
+        assert len(found) == len(set(found)), f"{path.name} numbers an equation twice"
+        assert all(tag[0] == path.name[1] for tag in found), path.name
+        tags.update(found)
+        texts[path.name] = prose
+    for name, text in texts.items():
+        missing = set(re.findall(r"\((\d\.\d+)\)", text)) - tags
+        assert not missing, f"{name} cites {missing}, which no notebook has"
+
+
+def test_every_public_formula_cites_its_equation():
+    for module in ("ar1", "distribution"):
+        tree = ast.parse((ROOT / "rhovae" / f"{module}.py").read_text())
+        functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+        for node in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+            functions += [n for n in node.body if isinstance(n, ast.FunctionDef)]
+        formulas = {n.name: ast.get_docstring(n) or "" for n in functions}
+        plain = {"expand", "rho", "fisher_z", "mean", "mode", "stddev", "variance", "check",
+                 "sum_steps"}  # fmt: skip
+        for name, text in formulas.items():
+            if not name.startswith("_") and name not in plain:
+                assert re.search(r"\(\d\.\d+\)", text), f"{module}.{name} cites no equation"

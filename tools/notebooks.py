@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import tomllib
+import yaml
 from papermill.exceptions import PapermillExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +147,7 @@ def main() -> None:
     command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     arguments = parser.parse_args()
     if arguments.command == "run":
-        parameters = {name: papermill.cli._resolve_type(value) for name, value in arguments.p}
+        parameters = {name: yaml.safe_load(value) for name, value in arguments.p}
         run(arguments.notebook, arguments.out, parameters)
         return
     for path in arguments.notebooks or sorted(NOTEBOOKS.glob("*.ipynb")):
