@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-export TQDM_DISABLE ?= $(if $(CI),1,)
 export IPYKERNEL_CELL_NAME := <cell>
 
 .DEFAULT_GOAL := help

@@ -130,12 +130,15 @@ def _full(name: str, split: str, root: str | Path | None):
     try:
         return dataset(root, train=train, download=not complete)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = f"({type(error).__name__}: {error})"
+        reason = f"({type(error).__name__}: {' '.join(str(error).split()).rstrip('; ')})"
     if complete:
         raise ValueError(
             f"The full {name} in {folder} is damaged {reason}; delete its files there to have them "
             "downloaded again, or use source='embedded'."
         )
+    for made in (folder, folder.parent):  # torchvision makes folders before it downloads
+        if made.is_dir() and not any(made.iterdir()):
+            made.rmdir()
     raise FileNotFoundError(
         f"The full {name} is not in {folder} and could not be downloaded {reason}; put "
         "torchvision's four files of it there, point RHOVAE_DATA or root at a folder that has "

@@ -72,7 +72,8 @@ def test_full_sets_in_torchvisions_layout(tmp_path, monkeypatch):
 
 def test_full_data_missing_without_network(tmp_path, monkeypatch):
     def no_network(self):
-        raise RuntimeError("no route to host")
+        (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
+        raise RuntimeError("Error downloading:\nno route to host\n")
 
     monkeypatch.setattr(datasets.MNIST, "download", no_network)
     with pytest.raises(FileNotFoundError) as error:
@@ -80,7 +81,8 @@ def test_full_data_missing_without_network(tmp_path, monkeypatch):
     message = str(error.value)
     assert str(tmp_path / "FashionMNIST" / "raw") in message and "no route to host" in message
     assert "RHOVAE_DATA" in message and "source='embedded'" in message
-    assert error.value.__context__ is None
+    assert error.value.__context__ is None and "\n" not in message
+    assert not list(tmp_path.iterdir()), "empty folders left behind"
 
 
 def test_a_truncated_full_set_is_refused(tmp_path):

@@ -126,7 +126,14 @@ def run(path: Path, out: Path, parameters: dict) -> None:
     print(f"running {path.name} {parameters or ''}", flush=True)
     try:
         papermill.execute_notebook(
-            path, out, parameters, progress_bar=False, cwd=path.parent, kernel_name="python3"
+            path,
+            out,
+            parameters,
+            progress_bar=False,
+            cwd=path.parent,
+            kernel_name="python3",
+            # The kernel warns of its unencrypted loopback port, and complains when it is shut down.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except PapermillExecutionError as error:
         raise SystemExit(
