@@ -5,11 +5,13 @@ import functools
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torchvision.transforms.v2.functional
 from torch import Tensor, nn
 
 from .data import (
@@ -23,7 +25,7 @@ from .data import (
 )
 from .evaluation import evaluate, iwae_nll, latent_statistics
 from .networks import NETWORKS
-from .objectives import OBJECTIVES, negative_elbo
+from .objectives import KERNELS, OBJECTIVES, Terms, negative_elbo
 from .posteriors import POSTERIORS
 from .published import PUBLISHED_POSTERIORS, decompose, published_loss
 from .records import SCHEMA, encode_png, load_record, save_record
@@ -32,6 +34,7 @@ from .vae import VAE, count_parameters
 
 ALL_POSTERIORS = POSTERIORS | PUBLISHED_POSTERIORS
 ALL_OBJECTIVES = OBJECTIVES | {"as-published": published_loss}
+OBJECTIVE_SETTINGS = {"beta-elbo": ("beta",), "info-vae": ("alpha", "lambda_", "kernel")}
 INITIALISATIONS = ("torch", "xavier")
 KEPT_SAMPLES, KEPT_RECONSTRUCTIONS = 32, 8
 
@@ -45,12 +48,16 @@ class Experiment:
         source: "embedded" (10,000 training and 2,000 test images) or "full".
         architecture: a name in NETWORKS.
         posterior: a name in POSTERIORS, or "published-notebook" or "published-script".
-        objective: "elbo", or "as-published" (the released code's loss), the default for the
-            published posteriors.
+        objective: "elbo", "beta-elbo", "info-vae", or "as-published" (the released code's loss),
+            the default for the published posteriors.
         latent: number of latent variables.
         epochs, batch_size, learning_rate: of Adam.
         seed: of initial weights, order of images and posterior draws.
         initialisation: "torch" (PyTorch's own) or "xavier" (uniform, no bias; the paper's script).
+        image_size: height and width to which images are resized; 0 leaves them as they are.
+        beta: weight of the KL, with objective "beta-elbo".
+        alpha, lambda_, kernel: of InfoVAE and its MMD ("rbf" or "imq"), with objective "info-vae";
+            the defaults are those of Zhao et al. (2019) for MNIST.
         iwae_samples, iwae_images: draws per image and test images for the importance-weighted NLL.
     Raises:
         ValueError: an unknown name or a value out of range.
@@ -67,6 +74,11 @@ class Experiment:
     learning_rate: float = 1e-3
     seed: int = 0
     initialisation: str = "torch"
+    image_size: int = 0
+    beta: float = 1.0
+    alpha: float = 0.0
+    lambda_: float = 1000.0
+    kernel: str = "rbf"
     iwae_samples: int = 500
     iwae_images: int = 2000
 
@@ -81,6 +93,20 @@ class Experiment:
         require_known("architecture", self.architecture, NETWORKS)
         require_known("objective", self.objective, ALL_OBJECTIVES)
         require_known("initialisation", self.initialisation, INITIALISATIONS)
+        require_known("kernel", self.kernel, KERNELS)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for objective, names in OBJECTIVE_SETTINGS.items():
+            idle = [n for n in names if getattr(self, n) != defaults[n]]
+            if idle and self.objective != objective:
+                raise ValueError(
+                    f"{', '.join(idle)} has no effect with objective {self.objective!r}; choose "
+                    f"objective={objective!r} or leave it out."
+                )
+        for name in ("beta", "alpha", "lambda_"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0.")
+        if not isinstance(self.image_size, int) or self.image_size < 0:
+            raise ValueError(f"image_size is {self.image_size!r}; it must be an integer, or 0.")
         for name in ("latent", "epochs", "batch_size", "iwae_samples", "iwae_images"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -102,6 +128,13 @@ class Experiment:
             if field.name not in shown and value != field.default:
                 parts.append(f"{field.name}={value}")
         return "-".join(parts)
+
+
+def build_objective(experiment: Experiment) -> Callable[..., Terms]:
+    """The objective of an experiment with its weights, (q, z, logits, x) -> Terms."""
+    names = OBJECTIVE_SETTINGS.get(experiment.objective, ())
+    settings = {name: getattr(experiment, name) for name in names}
+    return functools.partial(ALL_OBJECTIVES[experiment.objective], **settings)
 
 
 def build_vae(experiment: Experiment, image_shape: tuple[int, ...]) -> VAE:
@@ -147,12 +180,12 @@ def run_experiment(
         return load_record(path)
     images = _images(experiment, train, test, root)
     device = pick_device(device)
-    train, test = (part.to(device) for part in images)
+    train, test = (_resized(part, experiment.image_size).to(device) for part in images)
     vae = build_vae(experiment, tuple(train.shape[1:])).to(device)
     environment = _environment(device)
     start = time.perf_counter()
     history = fit(
-        vae, train, test, ALL_OBJECTIVES[experiment.objective],
+        vae, train, test, build_objective(experiment),
         epochs=experiment.epochs, batch_size=experiment.batch_size,
         learning_rate=experiment.learning_rate, seed=experiment.seed,
         progress=progress, label=experiment.posterior,
@@ -211,6 +244,13 @@ def _images(experiment, train, test, root) -> tuple[Tensor, Tensor]:
         return train, test
     parts = ("train", "test")
     return tuple(load_images(experiment.dataset, s, experiment.source, root) for s in parts)
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    """Bilinear and antialiased, as the paper's script resizes through Pillow."""
+    if size == 0 or images.shape[-2:] == (size, size):
+        return images
+    return torchvision.transforms.v2.functional.resize(images, [size, size], antialias=True)
 
 
 def _xavier_uniform(module: nn.Module) -> None:

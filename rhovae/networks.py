@@ -30,4 +30,90 @@ def mlp(image_shape: tuple[int, ...], latent: int, hidden: int = 400) -> Bodies:
     return Bodies(encoder, hidden, decoder)
 
 
-NETWORKS = {"mlp": mlp}
+def cnn(image_shape: tuple[int, ...], latent: int, dense: int = 1024) -> Bodies:
+    """Two 4x4 convolutions (64, 128 filters, stride 2), a dense layer, and the mirror image.
+
+    Height and width must be divisible by 4.
+    """
+    channels, small = image_shape[0], _reduced(image_shape, 4, "cnn")
+    inner = (128, *small)
+    encoder = nn.Sequential(
+        *(nn.Conv2d(channels, 64, 4, 2, 1), nn.ReLU()),
+        *(nn.Conv2d(64, 128, 4, 2, 1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(prod(inner), dense), nn.ReLU()),
+    )
+    decoder = nn.Sequential(
+        *(nn.Linear(latent, dense), nn.ReLU()),
+        *(nn.Linear(dense, prod(inner)), nn.ReLU(), nn.Unflatten(-1, inner)),
+        *(nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.ReLU()),
+        nn.ConvTranspose2d(64, channels, 4, 2, 1),
+    )
+    return Bodies(encoder, dense, decoder)
+
+
+def dcgan(image_shape: tuple[int, ...], latent: int, dense: int = 1024) -> Bodies:
+    """Four convolutions 64-64-128-128 with batch norm after ReLU, a dense layer, and the mirror.
+
+    The network of the paper's InfoVAE. Height and width must be divisible by 4.
+    """
+    channels, small = image_shape[0], _reduced(image_shape, 4, "dcgan")
+    inner = (128, *small)
+    encoder = nn.Sequential(
+        *(nn.Conv2d(channels, 64, 4, 2, 1), nn.ReLU(), nn.BatchNorm2d(64)),
+        *(nn.Conv2d(64, 64, 3, 1, 1), nn.ReLU(), nn.BatchNorm2d(64)),
+        *(nn.Conv2d(64, 128, 4, 2, 1), nn.ReLU(), nn.BatchNorm2d(128)),
+        *(nn.Conv2d(128, 128, 3, 1, 1), nn.ReLU(), nn.BatchNorm2d(128)),
+        *(nn.Flatten(), nn.Linear(prod(inner), dense)),
+    )
+    decoder = nn.Sequential(
+        *(nn.Linear(latent, dense), nn.ReLU()),
+        *(nn.Linear(dense, prod(inner)), nn.ReLU(), nn.Unflatten(-1, inner)),
+        *(nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.ReLU(), nn.BatchNorm2d(64)),
+        *(nn.ConvTranspose2d(64, 64, 3, 1, 1), nn.ReLU(), nn.BatchNorm2d(64)),
+        *(nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.ReLU(), nn.BatchNorm2d(32)),
+        nn.ConvTranspose2d(32, channels, 3, 1, 1),
+    )
+    return Bodies(encoder, dense, decoder)
+
+
+def beta_cnn(image_shape: tuple[int, ...], latent: int) -> Bodies:
+    """Five convolutions 32-32-64-64-256 down to one pixel, and the mirror image.
+
+    The network of Higgins et al. (2017) and the paper's beta-VAE; it takes 64x64 images.
+    """
+    channels = image_shape[0]
+    if tuple(image_shape[1:]) != (64, 64):
+        raise ValueError(
+            f"The network beta_cnn takes images of 64x64 pixels, but these have "
+            f"{image_shape[1]}x{image_shape[2]}; set image_size=64 to have them resized."
+        )
+    encoder = nn.Sequential(
+        *(nn.Conv2d(channels, 32, 4, 2, 1), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 4, 2, 1), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 4, 2, 1), nn.ReLU()),
+        *(nn.Conv2d(64, 64, 4, 2, 1), nn.ReLU()),
+        *(nn.Conv2d(64, 256, 4), nn.ReLU(), nn.Flatten()),
+    )
+    decoder = nn.Sequential(
+        *(nn.Linear(latent, 256), nn.ReLU(), nn.Unflatten(-1, (256, 1, 1))),
+        *(nn.ConvTranspose2d(256, 64, 4), nn.ReLU()),
+        *(nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.ReLU()),
+        *(nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.ReLU()),
+        *(nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.ReLU()),
+        nn.ConvTranspose2d(32, channels, 4, 2, 1),
+    )
+    return Bodies(encoder, 256, decoder)
+
+
+def _reduced(image_shape: tuple[int, ...], factor: int, name: str) -> tuple[int, int]:
+    """Height and width divided by a factor that must divide them."""
+    _, height, width = image_shape
+    if height % factor or width % factor:
+        raise ValueError(
+            f"The network {name} takes images whose height and width are divisible by {factor}, "
+            f"but these have {height}x{width}; resize them (image_size) or choose mlp."
+        )
+    return height // factor, width // factor
+
+
+NETWORKS = {"mlp": mlp, "cnn": cnn, "dcgan": dcgan, "beta_cnn": beta_cnn}

@@ -5,6 +5,7 @@ splitting a batch changes nothing.                                              
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,81 @@ def negative_elbo(q: Distribution, z: Tensor, logits: Tensor, x: Tensor) -> Term
     return Terms(reconstruction + kl, reconstruction, kl)
 
 
+def beta_elbo(q: Distribution, z: Tensor, logits: Tensor, x: Tensor, *, beta: float) -> Terms:
+    """Reconstruction + beta KL (Higgins et al. 2017, Eq. 4); beta = 1 is the negative ELBO."""
+    terms = negative_elbo(q, z, logits, x)
+    return terms._replace(loss=terms.reconstruction + beta * terms.kl)
+
+
+def info_vae(
+    q: Distribution,
+    z: Tensor,
+    logits: Tensor,
+    x: Tensor,
+    *,
+    alpha: float,
+    lambda_: float,
+    kernel: str,
+) -> Terms:
+    """InfoVAE (Zhao et al. 2019, Eq. 6 with the MMD in place of the divergence of marginals).
+
+    reconstruction + (1 - alpha) KL + (alpha + lambda - 1) MMD^2(q(z), p(z))
+
+    alpha = 0, lambda = 1 is the negative ELBO, alpha = 1, lambda = 1 the MMD autoencoder. The MMD
+    belongs to the batch of draws z and is added to each of its images alike.
+
+    Args:
+        q, z, logits, x: as in `negative_elbo`; at least 2 images.
+        alpha, lambda_: weights.
+        kernel: a name in KERNELS.
+    """
+    terms = negative_elbo(q, z, logits, x)
+    mmd = squared_mmd(z, torch.randn_like(z), KERNELS[kernel])
+    weighted = (1 - alpha) * terms.kl + (alpha + lambda_ - 1) * mmd
+    return terms._replace(loss=terms.reconstruction + weighted)
+
+
+def rbf_kernel(squared_distance: Tensor, latent: int) -> Tensor:
+    """exp(-|x - y|^2 / (2 h^2)) with h^2 = latent, half the mean |x - y|^2 of two prior draws."""
+    return torch.exp(-squared_distance / (2 * latent))
+
+
+def inverse_multiquadratic_kernel(squared_distance: Tensor, latent: int) -> Tensor:
+    """C / (C + |x - y|^2) with C = 2 latent, as for WAE-MMD (Tolstikhin et al. 2018)."""
+    return 2 * latent / (2 * latent + squared_distance)
+
+
+KERNELS = {"rbf": rbf_kernel, "imq": inverse_multiquadratic_kernel}
+
+
+def squared_mmd(x: Tensor, y: Tensor, kernel: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Squared maximum mean discrepancy of two samples, unbiased (Gretton et al. 2012, Eq. 3).
+
+    mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
+
+    Its mean is zero where both samples have one law, so it can be negative.
+
+    Args:
+        x, y: (n, latent) and (m, latent), n and m at least 2.
+        kernel: of the squared distance and the number of latent variables.
+    Returns:
+        A scalar.
+    """
+    if min(len(x), len(y)) < 2:
+        raise ValueError(
+            f"The MMD needs at least 2 draws on each side, but there are {len(x)} and {len(y)}; "
+            "use larger batches."
+        )
+
+    def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
+        squared = (a.unsqueeze(1) - b).square().sum(-1)
+        values = kernel(squared, a.shape[-1])
+        # Within one sample the diagonal, each draw with itself, is left out.
+        return (values.sum() - len(a)) / (len(a) * (len(a) - 1)) if a is b else values.mean()
+
+    return mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
+
+
 def importance_weighted_nll(
     vae: VAE, x: Tensor, samples: int = 500, max_pixels: int = 2**22
 ) -> Tensor:
@@ -86,4 +162,4 @@ def importance_weighted_nll(
     return math.log(samples) - log_sum
 
 
-OBJECTIVES = {"elbo": negative_elbo}
+OBJECTIVES = {"elbo": negative_elbo, "beta-elbo": beta_elbo, "info-vae": info_vae}

@@ -11,9 +11,13 @@ from rhovae.evaluation import evaluate, iwae_nll
 from rhovae.experiments import ALL_POSTERIORS, Experiment, build_vae
 from rhovae.networks import NETWORKS
 from rhovae.objectives import (
+    KERNELS,
     bernoulli_nll,
+    beta_elbo,
     importance_weighted_nll,
+    info_vae,
     negative_elbo,
+    squared_mmd,
     standard_normal_like,
 )
 from rhovae.vae import count_parameters
@@ -27,18 +31,22 @@ def small_vae(posterior="ar1", latent=3):
     return VAE(bodies.encoder, head, bodies.decoder)
 
 
+SHAPES = {"mlp": SHAPE, "cnn": (1, 8, 12), "dcgan": (3, 8, 4), "beta_cnn": (1, 64, 64)}
+
+
 @pytest.mark.parametrize("posterior", ALL_POSTERIORS)
 @pytest.mark.parametrize("latent", [1, 2, 7])
 def test_every_head_fits_every_network(posterior, latent):
-    for network in NETWORKS.values():
-        bodies = network(SHAPE, latent)
-        vae = VAE(
-            bodies.encoder, ALL_POSTERIORS[posterior](bodies.features, latent), bodies.decoder
-        )
-        x = torch.rand(4, *SHAPE)
+    assert set(SHAPES) == set(NETWORKS)
+    torch.set_default_dtype(torch.float32)
+    for network, shape in SHAPES.items() if latent == 7 else [("mlp", SHAPE)]:
+        bodies = NETWORKS[network](shape, latent)
+        head = ALL_POSTERIORS[posterior](bodies.features, latent)
+        vae = VAE(bodies.encoder, head, bodies.decoder)
+        x = torch.rand(4, *shape)
         q, z, logits = vae(x)
         assert q.batch_shape == (4,) and q.event_shape == (latent,) and z.shape == (4, latent)
-        assert logits.shape == x.shape and vae.generate(2).shape == (2, *SHAPE)
+        assert logits.shape == x.shape and vae.generate(2).shape == (2, *shape)
         negative_elbo(q, z, logits, x).loss.mean().backward()
         # A single latent variable has no neighbour, so nothing depends on rho.
         unused = {"posterior.fisher_z.weight", "posterior.fisher_z.bias"} if latent == 1 else set()
@@ -155,3 +163,68 @@ def test_evaluation_averages_over_all_images():
 def test_a_head_needs_a_latent_variable(posterior):
     with pytest.raises(ValueError, match="latent is 0; a posterior needs at least 1"):
         POSTERIORS[posterior](4, 0)
+
+
+@pytest.mark.parametrize(
+    "name,shape,sentence",
+    [
+        ("cnn", (1, 30, 28), "cnn takes images .* divisible by 4, but these have 30x28; resize"),
+        ("dcgan", (1, 28, 27), "dcgan takes images .* divisible by 4, but these have 28x27"),
+        ("beta_cnn", (1, 28, 28), "takes images of 64x64 pixels, .* 28x28; set image_size=64"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_images_says_so(name, shape, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        NETWORKS[name](shape, 5)
+
+
+def test_beta_weighs_the_kl_alone():
+    vae, x = small_vae(), torch.rand(4, *SHAPE)
+    drawn = vae(x)
+    terms = negative_elbo(*drawn, x)
+    torch.testing.assert_close(beta_elbo(*drawn, x, beta=1.0).loss, terms.loss)
+    heavy = beta_elbo(*drawn, x, beta=4.0)
+    torch.testing.assert_close(heavy.loss, terms.reconstruction + 4 * terms.kl)
+    torch.testing.assert_close(heavy.kl, terms.kl)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_info_vae_contains_the_elbo_and_the_mmd_autoencoder(kernel):
+    vae, x = small_vae(), torch.rand(6, *SHAPE)
+    drawn = vae(x)
+    terms = negative_elbo(*drawn, x)
+    elbo = info_vae(*drawn, x, alpha=0.0, lambda_=1.0, kernel=kernel)
+    torch.testing.assert_close(elbo.loss, terms.loss)
+    torch.manual_seed(5)
+    mmd = squared_mmd(drawn[1], torch.randn_like(drawn[1]), KERNELS[kernel])
+    torch.manual_seed(5)
+    autoencoder = info_vae(*drawn, x, alpha=1.0, lambda_=1.0, kernel=kernel)
+    torch.testing.assert_close(autoencoder.loss, terms.reconstruction + mmd)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("latent", [2, 10])
+def test_mmd_is_zero_in_the_mean_for_draws_of_the_prior_and_not_for_others(kernel, latent):
+    def values(scale, repeats=400, n=64):
+        pairs = ((scale * torch.randn(n, latent), torch.randn(n, latent)) for _ in range(repeats))
+        return torch.stack([squared_mmd(x, y, KERNELS[kernel]) for x, y in pairs])
+
+    same, other = values(1.0), values(0.5)
+    assert same.mean().abs() < 4 * same.std() / len(same) ** 0.5
+    assert (same < 0).any(), "an unbiased estimate of zero is negative at times"
+    assert other.mean() > 10 * other.std() / len(other) ** 0.5
+
+
+def test_mmd_is_its_definition():
+    x, y = torch.randn(5, 3), torch.randn(4, 3)
+
+    def k(a, b):
+        return math.exp(-((a - b) ** 2).sum() / (2 * 3))
+
+    within_x = sum(k(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / 20
+    within_y = sum(k(y[i], y[j]) for i in range(4) for j in range(4) if i != j) / 12
+    across = sum(k(a, b) for a in x for b in y) / 20
+    expected = torch.tensor(within_x + within_y - 2 * across)
+    torch.testing.assert_close(squared_mmd(x, y, KERNELS["rbf"]), expected)
+    with pytest.raises(ValueError, match="at least 2 draws on each side, but there are 1 and 4"):
+        squared_mmd(x[:1], y, KERNELS["rbf"])
