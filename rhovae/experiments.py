@@ -27,13 +27,13 @@ from .evaluation import evaluate, iwae_nll, latent_statistics
 from .networks import NETWORKS
 from .objectives import KERNELS, OBJECTIVES, Terms, negative_elbo
 from .posteriors import POSTERIORS
-from .published import PUBLISHED_POSTERIORS, decompose, published_loss
+from .published import PUBLISHED_POSTERIORS, decompose, divided_loss, published_loss
 from .records import SCHEMA, encode_png, load_record, save_record
 from .training import fit, pick_device, set_seed
 from .vae import VAE, count_parameters
 
 ALL_POSTERIORS = POSTERIORS | PUBLISHED_POSTERIORS
-ALL_OBJECTIVES = OBJECTIVES | {"as-published": published_loss}
+ALL_OBJECTIVES = OBJECTIVES | {"as-published": published_loss, "divided-kl": divided_loss}
 OBJECTIVE_SETTINGS = {"beta-elbo": ("beta",), "info-vae": ("alpha", "lambda_", "kernel")}
 INITIALISATIONS = ("torch", "xavier")
 KEPT_SAMPLES, KEPT_RECONSTRUCTIONS = 32, 8
@@ -48,8 +48,9 @@ class Experiment:
         source: "embedded" (10,000 training and 2,000 test images) or "full".
         architecture: a name in NETWORKS.
         posterior: a name in POSTERIORS, or "published-notebook" or "published-script".
-        objective: "elbo", "beta-elbo", "info-vae", or "as-published" (the released code's loss),
-            the default for the published posteriors.
+        objective: "elbo", "beta-elbo", "info-vae", "as-published" (the released code's loss, the
+            default for the published posteriors) or "divided-kl" (its division by the batch size,
+            for any posterior).
         latent: number of latent variables.
         epochs, batch_size, learning_rate: of Adam.
         seed: of initial weights, order of images and posterior draws.

@@ -105,6 +105,18 @@ def published_loss(q: Distribution, z: Tensor, logits: Tensor, x: Tensor) -> Ter
     return terms
 
 
+def divided_loss(q: Distribution, z: Tensor, logits: Tensor, x: Tensor) -> Terms:
+    """The published division by the batch size, applied to the KL of *any* posterior.
+
+    reconstruction + |loc|^2 / 2 + (KL - |loc|^2 / 2) / B: the control that separates the division
+    from the choice of the posterior and from the sampler.                  (4.5), notebooks/04
+    """
+    terms = negative_elbo(q, z, logits, x)
+    location = 0.5 * q.mean.square().sum(-1)
+    charged = location + (terms.kl - location) / len(x)
+    return terms._replace(loss=terms.reconstruction + charged)
+
+
 @torch.no_grad()
 def decompose(vae: VAE, images: Tensor, batch_size: int) -> dict[str, float]:
     """The KL of a published posterior in its versions, means over images in nats.

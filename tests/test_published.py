@@ -5,7 +5,7 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from rhovae.objectives import standard_normal_like
-from rhovae.published import PublishedNormal, published_loss
+from rhovae.published import PublishedNormal, divided_loss, published_loss
 
 VARIANTS = {"published-notebook": (False, 1e-7), "published-script": (True, 0.0)}
 
@@ -88,6 +88,18 @@ def test_charges_what_the_code_charges(variant, batch, latent=5):
     terms = published_loss(q, q.sample(), logits, x)
     total = (terms.loss - terms.reconstruction).sum()
     torch.testing.assert_close(total, published_total, rtol=1e-12, atol=1e-12)
+
+
+def test_the_divided_loss_is_the_published_one_where_sampler_and_kl_agree(latent=5, batch=16):
+    # With rho = 0 the notebooks' sampler is the isotropic normal that its KL formula is about.
+    loc, log_s = torch.randn(batch, latent), torch.randn(batch, 1)
+    q = PublishedNormal(loc, log_s, torch.zeros(batch, 1), False, 0.0)
+    x, logits = torch.rand(batch, 1, 4, 4), torch.randn(batch, 1, 4, 4)
+    z = q.sample()
+    divided, published = divided_loss(q, z, logits, x), published_loss(q, z, logits, x)
+    torch.testing.assert_close(divided.loss, published.loss, rtol=1e-12, atol=0)
+    full = divided.reconstruction + divided.kl
+    assert (divided.loss < full).all() and torch.equal(divided.kl, published.kl)
 
 
 def test_the_published_loss_depends_on_the_batch_size():

@@ -32,14 +32,25 @@ def audit() -> list[Experiment]:
     ]  # fmt: skip
 
 
-GRIDS = {"audit": audit}
+def control() -> list[Experiment]:
+    """Notebook 04: each of the code's two departures alone, in the setting of its notebook."""
+    departures = [("diagonal", "divided-kl"), ("ar1", "divided-kl"), ("published-notebook", "elbo")]
+    return [
+        Experiment(dataset="fashion-mnist", source="full", latent=5, seed=seed,
+                   posterior=posterior, objective=objective)
+        for seed, (posterior, objective) in product(range(5), departures)
+    ]  # fmt: skip
 
 
-def _run(experiment: Experiment, root: str | None, threads: int) -> str:
+GRIDS = {"audit": audit, "control": control}
+FOLDERS = {"audit": RESULTS, "control": RESULTS / "control"}
+
+
+def _run(experiment: Experiment, folder: Path, root: str | None, threads: int) -> str:
     import torch
 
     torch.set_num_threads(threads)
-    run_experiment(experiment, root=root, folder=RESULTS, reuse=True, progress=False)
+    run_experiment(experiment, root=root, folder=folder, reuse=True, progress=False)
     return experiment.name
 
 
@@ -52,7 +63,10 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     experiments = GRIDS[arguments.grid]()
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        runs = [pool.submit(_run, e, arguments.root, threads) for e in experiments]
+        runs = [
+            pool.submit(_run, e, FOLDERS[arguments.grid], arguments.root, threads)
+            for e in experiments
+        ]
         try:
             for run in tqdm(as_completed(runs), total=len(runs), unit="run"):
                 tqdm.write(run.result())
