@@ -24,8 +24,9 @@ EMBEDDED_SHA256 = {
 }
 
 _PACKAGE = Path(__file__).resolve().parent
-# A clone has its data folder beside the package; an installed package carries it inside.
-DATA_FOLDER = next(p for p in (_PACKAGE.parent / "data", _PACKAGE / "_data") if p.is_dir())
+# An installed package carries its data inside; a clone has them in the folder beside it.
+_INSTALLED = (_PACKAGE / "_data").is_dir()
+DATA_FOLDER = _PACKAGE / "_data" if _INSTALLED else _PACKAGE.parent / "data"
 
 
 def load_images(
@@ -38,8 +39,8 @@ def load_images(
         split: "train" or "test".
         source: "embedded" for the sample in this repository, "full" for all 60,000 or 10,000.
         root: folder with the full sets in torchvision's layout; else the environment variable
-            RHOVAE_DATA, else torchvision/ in the data folder. Sets that are missing there are
-            downloaded by torchvision.
+            RHOVAE_DATA, else data/torchvision/ in a clone or ~/.cache/rhovae/. Sets that are
+            missing there are downloaded by torchvision.
     Returns:
         uint8 tensor of shape (n, 1, 28, 28), 0 is black.
     Raises:
@@ -90,6 +91,8 @@ def as_images(images: np.ndarray | Tensor) -> Tensor:
 
 def to_unit_interval(images: Tensor) -> Tensor:
     """uint8 images as float32 in [0, 1], the input of an encoder."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"Images have type {images.dtype}; convert them with as_images first.")
     return images.to(torch.float32).div_(255)
 
 
@@ -122,8 +125,13 @@ def _embedded(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def _default_root() -> Path:
+    """Where full sets are looked for and downloaded to, unless told otherwise."""
+    return Path.home() / ".cache" / "rhovae" if _INSTALLED else DATA_FOLDER / "torchvision"
+
+
 def _full(name: str, split: str, root: str | Path | None):
-    root = Path(root or os.environ.get("RHOVAE_DATA") or DATA_FOLDER / "torchvision")
+    root = Path(root or os.environ.get("RHOVAE_DATA") or _default_root())
     dataset, train = DATASETS[name], split == "train"
     folder = root / dataset.__name__ / "raw"
     complete = len(list(folder.glob("*-ubyte"))) == 4

@@ -5,7 +5,15 @@ from numbers import Number
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, constraints
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    biject_to,
+    constraints,
+    transform_to,
+)
 from torch.distributions.kl import kl_divergence, register_kl
 from torch.distributions.utils import _standard_normal, lazy_property
 
@@ -17,6 +25,12 @@ class _OpenInterval(constraints.interval):
 
     def check(self, value):
         return (self.lower_bound < value) & (value < self.upper_bound)
+
+
+@biject_to.register(_OpenInterval)
+@transform_to.register(_OpenInterval)
+def _to_open_interval(constraint):
+    return biject_to(constraints.interval(constraint.lower_bound, constraint.upper_bound))
 
 
 class AR1Normal(Distribution):
@@ -36,8 +50,10 @@ class AR1Normal(Distribution):
         scale: standard deviation > 0, shape (*batch, 1) or (*batch, latent), or a number.
         rho: correlation of neighbours in (-1, 1), shape (*batch, 1) or (*batch, latent - 1), or a
             number.
-        fisher_z: instead of rho, its Fisher z with rho = tanh(fisher_z); any real number, and
-            exact where rho rounds to 1.
+        fisher_z: instead of rho, its Fisher z with rho = tanh(fisher_z), any real number. The
+            entropy, the log-determinant, and the KL to a diagonal normal keep their precision
+            where rho rounds to 1. The density of a draw cannot: there the draw itself no longer
+            holds the innovations (in float32 from about |fisher_z| = 14 on).
     Raises:
         ValueError: shapes that do not fit, and, with validate_args, values out of range.
     Reference:

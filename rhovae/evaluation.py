@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .data import to_unit_interval
 from .objectives import Terms, importance_weighted_nll
@@ -20,7 +21,8 @@ def evaluate(
         vae: the model, on the device of the images; left in evaluation mode.
         images: uint8, (n, channels, height, width).
         objective: (q, z, logits, x) -> Terms, per image.
-        batch_size: images held at once; it changes the speed, not the value.
+        batch_size: images held at once. It decides which draw meets which image, and with the
+            published loss what is charged; of the KL it changes nothing.
     Returns:
         Means in nats per image (loss, negative_elbo, reconstruction, kl), and the mean of rho over
         images and steps, None where the posterior has no rho.
@@ -31,10 +33,15 @@ def evaluate(
         x = to_unit_interval(batch)
         q, z, logits = vae(x)
         sums.append(torch.stack(objective(q, z, logits, x)).sum(1))
-        if hasattr(q, "rho"):
+        if _has_neighbours(q):
             rhos.append(q.rho.mean(-1).sum())
     rho = (torch.stack(rhos).cpu().double().sum() / len(images)).item() if rhos else None
     return means_per_image(sums, len(images)), rho
+
+
+def _has_neighbours(q: Distribution) -> bool:
+    """Whether a posterior has correlations of neighbours; one latent variable has none."""
+    return hasattr(q, "rho") and q.rho.shape[-1] > 0
 
 
 def means_per_image(sums: list[Tensor], count: int) -> dict[str, float]:
@@ -81,7 +88,7 @@ def latent_statistics(vae: VAE, images: Tensor, batch_size: int = 1000) -> dict:
     posteriors = [vae.encode(to_unit_interval(batch)) for batch in images.split(batch_size)]
     means = torch.cat([q.mean.cpu() for q in posteriors]).double()
     variances = torch.cat([q.variance.cpu() for q in posteriors]).double()
-    rhos = [q.rho.abs().mean(-1).cpu() for q in posteriors if hasattr(q, "rho")]
+    rhos = [q.rho.abs().mean(-1).cpu() for q in posteriors if _has_neighbours(q)]
     variance_of_means = means.var(0, correction=0)
     return {
         "variance_of_means": variance_of_means.tolist(),

@@ -2,12 +2,10 @@
 
 import dataclasses
 import functools
-import platform
-import subprocess
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,6 +25,7 @@ from .evaluation import evaluate, iwae_nll, latent_statistics
 from .networks import NETWORKS
 from .objectives import KERNELS, OBJECTIVES, Terms, negative_elbo
 from .posteriors import POSTERIORS
+from .provenance import environment
 from .published import PUBLISHED_POSTERIORS, decompose, divided_loss, published_loss
 from .records import SCHEMA, encode_png, load_record, save_record
 from .training import fit, pick_device, set_seed
@@ -89,6 +88,11 @@ class Experiment:
             implied = "as-published" if self.posterior in PUBLISHED_POSTERIORS else "elbo"
             object.__setattr__(self, "objective", implied)
         require_known("source", self.source, (*SOURCES, "own"))
+        if not re.fullmatch(r"[\w.-]+", self.dataset) or self.dataset.startswith("."):
+            raise ValueError(
+                f"dataset is {self.dataset!r}; as it becomes a file name, use letters, digits, "
+                "'_', '-' and '.' only, and no '.' in front."
+            )
         if self.source != "own":
             require_known("data set", self.dataset, DATASETS)
         require_known("architecture", self.architecture, NETWORKS)
@@ -146,7 +150,7 @@ def build_vae(experiment: Experiment, image_shape: tuple[int, ...]) -> VAE:
     vae = VAE(bodies.encoder, head, bodies.decoder)
     if experiment.initialisation == "xavier":
         vae.apply(_xavier_uniform)
-    return vae
+    return vae.float()
 
 
 def run_experiment(
@@ -167,7 +171,7 @@ def run_experiment(
         train, test: your own images (see `as_images`), with source="own"; else the named set.
         root: folder of the full sets (see `load_images`).
         folder: where to save the record as JSON; nowhere if None.
-        reuse: take the record from `folder` if this experiment is there already.
+        reuse: take the record from `folder` if this very experiment is there already.
         device: "auto", or a name torch knows.
         progress: show a progress bar.
     Returns:
@@ -177,13 +181,20 @@ def run_experiment(
         FileNotFoundError: full data neither found nor to be downloaded.
     """
     path = Path(folder) / f"{experiment.name}.json" if folder else None
+    images = None
     if reuse and path and path.is_file():
-        return load_record(path)
-    images = _images(experiment, train, test, root)
+        record = load_record(path)
+        same = record["experiment"] == dataclasses.asdict(experiment)
+        if same and experiment.source == "own":
+            images = _images(experiment, train, test, root)
+            same = record["data"] == _fingerprints(*images)
+        if same:
+            return record
+    images = images or _images(experiment, train, test, root)
     device = pick_device(device)
     train, test = (_resized(part, experiment.image_size).to(device) for part in images)
     vae = build_vae(experiment, tuple(train.shape[1:])).to(device)
-    environment = _environment(device)
+    origin = environment(device)
     start = time.perf_counter()
     history = fit(
         vae, train, test, build_objective(experiment),
@@ -213,8 +224,8 @@ def run_experiment(
             "total": count_parameters(vae),
             **{name: count_parameters(part) for name, part in vae.named_children()},
         },
-        "data": {"train_sha256": fingerprint(train), "test_sha256": fingerprint(test)},
-        "environment": environment,
+        "data": _fingerprints(*images),
+        "environment": origin,
         "wall_time_s": {
             "training": round(training_time, 2),
             "all": round(time.perf_counter() - start, 2),
@@ -226,6 +237,10 @@ def run_experiment(
     if folder:
         save_record(record, folder)
     return record
+
+
+def _fingerprints(train: Tensor, test: Tensor) -> dict[str, str]:
+    return {"train_sha256": fingerprint(train), "test_sha256": fingerprint(test)}
 
 
 def _images(experiment, train, test, root) -> tuple[Tensor, Tensor]:
@@ -265,7 +280,7 @@ def _xavier_uniform(module: nn.Module) -> None:
 def _pictures(vae: VAE, test: Tensor, seed: int) -> dict[str, str]:
     """Samples of the prior, the first test images and their reconstructions from the mean."""
     set_seed(seed, 4)
-    originals = test[:KEPT_RECONSTRUCTIONS]
+    originals = test[torch.arange(KEPT_RECONSTRUCTIONS) % len(test)]
     x = to_unit_interval(originals)
     reconstructions = vae.decoder(vae.encode(x).mean).sigmoid()
     rows = {
@@ -275,31 +290,3 @@ def _pictures(vae: VAE, test: Tensor, seed: int) -> dict[str, str]:
     }
     pixels = {key: (row[:, 0] * 255).round().to(torch.uint8) for key, row in rows.items()}
     return {key: encode_png(row.cpu().numpy()) for key, row in pixels.items()}
-
-
-def _environment(device: torch.device) -> dict:
-    """What the numbers may depend on beyond the experiment, and where they came from."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else device.type,
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("rhovae", "torch", "torchvision", "numpy")},
-        "commit": _git_commit(),
-    }
-
-
-@functools.cache
-def _git_commit() -> str | None:
-    """HEAD of the clone this package runs from, with + where files differ; None outside one."""
-    here = Path(__file__).resolve().parent
-    commands = ["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", "."]
-    try:
-        head, changes = (
-            subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.strip() + ("+" if changes.strip() else "")

@@ -1,7 +1,7 @@
 """What a VAE is trained and judged by: one number per image, in nats, shape (batch,).
 
-No objective sees the batch size. The mean over the batch is taken once, in the training step, so
-splitting a batch changes nothing.                                               (2.8), notebooks/02
+No negative ELBO sees the batch size. The mean over the batch is taken once, in the training step,
+so splitting a batch changes nothing (2.8), notebooks/02. InfoVAE alone adds a number of the batch.
 """
 
 import math
@@ -79,12 +79,13 @@ def info_vae(
     belongs to the batch of draws z and is added to each of its images alike.
 
     Args:
-        q, z, logits, x: as in `negative_elbo`; at least 2 images.
+        q, z, logits, x: as in `negative_elbo`.
         alpha, lambda_: weights.
         kernel: a name in KERNELS.
     """
     terms = negative_elbo(q, z, logits, x)
-    mmd = squared_mmd(z, torch.randn_like(z), KERNELS[kernel])
+    # The last batch of an epoch may hold a single image, which has no discrepancy to show.
+    mmd = squared_mmd(z, torch.randn_like(z), KERNELS[kernel]) if len(z) > 1 else 0.0
     weighted = (1 - alpha) * terms.kl + (alpha + lambda_ - 1) * mmd
     return terms._replace(loss=terms.reconstruction + weighted)
 
@@ -152,7 +153,7 @@ def importance_weighted_nll(
         raise ValueError(f"samples is {samples}; the bound needs at least 1 draw per image.")
     q = vae.encode(x)
     prior = standard_normal_like(q.mean)
-    chunk = max(1, max_pixels // x.numel())
+    chunk = max(1, max_pixels // max(1, x.numel()))
     log_sum = torch.full(x.shape[:1], -math.inf, device=x.device, dtype=x.dtype)
     for start in range(0, samples, chunk):
         z = q.rsample((min(chunk, samples - start),))

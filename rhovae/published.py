@@ -34,14 +34,14 @@ class PublishedNormal(AR1Normal):
     Args:
         loc: (*batch, latent).
         log_s: log of the innovation variance s, (*batch, 1).
-        fisher_z: Fisher's z of the rho that the code charges for, (*batch, 1).
+        charged_fisher_z: Fisher's z of the rho that the code charges for, (*batch, 1).
         forget_rho: True for the script (r = 1), False for the notebooks (r = rho).
         epsilon: what the code adds inside log(1 - rho^2 + epsilon).
     """
 
-    def __init__(self, loc: Tensor, log_s: Tensor, fisher_z: Tensor, forget_rho: bool,
+    def __init__(self, loc: Tensor, log_s: Tensor, charged_fisher_z: Tensor, forget_rho: bool,
                  epsilon: float):  # fmt: skip
-        self.log_s, self.charged_rho, self.epsilon = log_s, fisher_z.tanh(), epsilon
+        self.log_s, self.charged_rho, self.epsilon = log_s, charged_fisher_z.tanh(), epsilon
         r = torch.ones_like(log_s) if forget_rho else self.charged_rho
         variances = ar1.scan(torch.ones_like(loc), r.square())
         # 1 - r^2 v_j / v_{j+1} = 1 / v_{j+1}, so that atanh needs no difference near 1.
@@ -49,6 +49,10 @@ class PublishedNormal(AR1Normal):
         scale = torch.exp(0.5 * log_s) * variances.sqrt()
         super().__init__(loc, scale, rho=correlation, validate_args=False)
         self.__dict__["_innovation"] = variances[..., 1:].rsqrt()
+
+    def expand(self, batch_shape, _instance=None):
+        """The same law as a plain AR1Normal; what the code charges belongs to its own batch."""
+        return super().expand(batch_shape, AR1Normal.__new__(AR1Normal))
 
     @property
     def formula_kl(self) -> Tensor:

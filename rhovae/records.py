@@ -24,7 +24,13 @@ def save_record(record: dict, folder: str | Path) -> Path:
     """
     path = Path(folder) / f"{record['name']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    except ValueError:
+        raise ValueError(
+            f"The record {record['name']} has a value that is not a finite number in "
+            f"{', '.join(_not_finite(record)) or 'an unknown place'}; it is not written."
+        ) from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w") as file:
         file.write(text)
@@ -32,6 +38,16 @@ def save_record(record: dict, folder: str | Path) -> Path:
         os.fsync(file.fileno())
     temporary.replace(path)
     return path
+
+
+def _not_finite(value, place: str = "") -> list[str]:
+    """Where in nested dictionaries and lists the numbers are NaN or infinite."""
+    if isinstance(value, float):
+        return [] if math.isfinite(value) else [place.lstrip(".")]
+    if not isinstance(value, dict | list):
+        return []
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return [found for key, v in pairs for found in _not_finite(v, f"{place}.{key}")]
 
 
 def load_record(path: str | Path) -> dict:
@@ -99,6 +115,12 @@ def paired_difference(ones: list[dict], others: list[dict], value) -> np.ndarray
     The runs of a seed share the order of images and the noise, so their difference varies less
     than either.
     """
+    for runs in (ones, others):
+        seeds = [r["experiment"]["seed"] for r in runs]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(
+                f"Several runs share a seed ({sorted(seeds)}); pass runs that differ in it alone."
+            )
     left, right = ({r["experiment"]["seed"]: value(r) for r in runs} for runs in (ones, others))
     return np.array([left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())])
 
@@ -119,7 +141,7 @@ def by_posterior(records: list[dict]) -> dict[str, list[dict]]:
 
 
 def result_table(records: list[dict]) -> str:
-    """Markdown table: one row per data set, latent and posterior, mean +- standard error in nats.
+    """Markdown table: one row per experiment, mean +- standard error over its seeds, in nats.
 
     -ELBO and its parts are means over the test images after the last epoch; IWAE-NLL is the
     importance-weighted NLL of the same runs.
@@ -131,10 +153,11 @@ def result_table(records: list[dict]) -> str:
     ]
     groups = {}
     for record in records:
-        key = tuple(record["experiment"][k] for k in ("dataset", "source", "latent", "posterior"))
-        groups.setdefault(key, []).append(record)
-    for (dataset, source, latent, posterior), group in groups.items():
-        cells = [f"{dataset} ({source})", latent, posterior]
+        settings = {k: v for k, v in record["experiment"].items() if k != "seed"}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
+    for group in groups.values():
+        e = group[0]["experiment"]
+        cells = [f"{e['dataset']} ({e['source']})", e["latent"], e["posterior"]]
         cells += [f"{group[0]['parameters']['posterior']:,}", len(group)]
         for key in ("negative_elbo", "reconstruction", "kl"):
             cells.append(format_nats(record["test"][key] for record in group))

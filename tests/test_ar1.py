@@ -142,3 +142,12 @@ def test_log_determinant_loses_nothing_that_rho_holds(rho):
         exact = mpmath.log1p(-(mpmath.mpf(rho) ** 2))
     log = ar1.log_one_minus_rho_squared(torch.tensor(rho)).item()
     assert abs(log - exact) < 1e-14 * abs(exact) + 1e-300
+
+
+def test_half_precision_keeps_what_it_can_hold():
+    a = torch.tensor([-12.0, -0.5, 0.0, 3.0, 8.0]).to(torch.float16).requires_grad_()
+    scale = ar1.innovation_scale_from_fisher_z(a)
+    exact = 1 / a.detach().double().cosh()
+    torch.testing.assert_close(scale.detach().double(), exact, rtol=2e-3, atol=6e-8)
+    (gradient,) = torch.autograd.grad(scale.sum(), a)
+    assert gradient.isfinite().all()

@@ -2,14 +2,24 @@
 
 import json
 import math
+from importlib import metadata
 
 import pytest
 import torch
 
 from rhovae import Experiment, run_experiment
+from rhovae.evaluation import latent_statistics
 from rhovae.experiments import ALL_OBJECTIVES, ALL_POSTERIORS, build_vae
 from rhovae.objectives import negative_elbo
-from rhovae.records import decode_png, load_record, load_records, result_table, save_record
+from rhovae.records import (
+    decode_png,
+    load_record,
+    load_records,
+    mean_and_standard_error,
+    paired_difference,
+    result_table,
+    save_record,
+)
 from rhovae.training import fit, pick_device, set_seed
 
 
@@ -74,7 +84,7 @@ def test_what_a_record_holds(images):
     assert parameters["posterior"] == 401 * (3 + 2)
     parts = parameters["encoder"] + parameters["posterior"] + parameters["decoder"]
     assert parameters["total"] == parts
-    assert record["environment"]["torch"] == torch.__version__.split("+")[0]
+    assert record["environment"]["torch"] == metadata.version("torch")
     assert {"device", "threads", "python", "numpy", "rhovae", "commit"} <= set(
         record["environment"]
     )
@@ -101,6 +111,52 @@ def test_an_evaluation_in_between_does_not_change_training(images):
         assert one["train"] == other["train"]
 
 
+def test_streams_of_random_numbers(images):
+    """With a learning rate of nearly zero only the random numbers tell two epochs apart."""
+    history = run(images, learning_rate=1e-12, batch_size=7)["history"]
+    first, second = history
+    assert math.isclose(first["test"]["loss"], second["test"]["loss"], rel_tol=1e-6)
+    assert not math.isclose(first["train"]["loss"], second["train"]["loss"], rel_tol=1e-5)
+
+
+def test_every_epoch_has_an_order_of_its_own(images):
+    train, test = (part.unsqueeze(1) for part in images)
+    seen = []
+
+    def watching(q, z, logits, x):
+        seen.append(x.flatten(1).sum(1))
+        return negative_elbo(q, z, logits, x)
+
+    vae = build_vae(Experiment(**SMALL), (1, 8, 8))
+    fit(vae, train, test, watching, epochs=2, batch_size=64, progress=False)
+    orders = [seen[0], seen[2]]
+    brightness = (train.float() / 255).flatten(1).sum(1)
+    for order in orders:
+        assert not torch.allclose(order, brightness), "not the order of the file"
+        torch.testing.assert_close(order.sort().values, brightness.sort().values)
+    assert not torch.allclose(*orders)
+
+
+def test_one_latent_variable_has_no_neighbour(images, tmp_path):
+    for posterior in ALL_POSTERIORS:
+        record = run(images, folder=tmp_path, posterior=posterior, latent=1)
+        assert posterior == "ar1" or record["latent"]["abs_rho"] is None
+
+
+def test_use_of_the_latent_space():
+    class Known(torch.nn.Module):
+        def encode(self, x):
+            loc = torch.stack((x.flatten(1)[:, 0], 0 * x.flatten(1)[:, 0]), -1)
+            normal = torch.distributions.Normal(loc, torch.tensor([0.5, 1.0]))
+            return torch.distributions.Independent(normal, 1)
+
+    images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)
+    statistics = latent_statistics(Known(), images)
+    assert statistics["variance_of_means"] == [0.25, 0.0]
+    assert statistics["mean_variance"] == [0.25, 1.0]
+    assert statistics["active_units"] == 1 and statistics["abs_rho"] is None
+
+
 def test_published_posteriors_report_a_loss_that_is_not_their_elbo(images):
     for name in ("published-notebook", "published-script"):
         record = run(images, posterior=name)
@@ -123,6 +179,15 @@ def test_records_are_written_whole_and_reused(images, tmp_path):
     assert run(images, folder=tmp_path) != stamped
 
 
+def test_a_record_of_other_images_or_settings_is_not_reused(images, tmp_path):
+    record = run(images, folder=tmp_path)
+    train, test = images
+    other = run((train.flip(-1), test), folder=tmp_path, reuse=True)
+    assert other["data"] != record["data"]
+    save_record({**other, "experiment": {**other["experiment"], "epochs": 1}}, tmp_path)
+    assert run(images, folder=tmp_path, reuse=True)["experiment"]["epochs"] == 2
+
+
 def test_records_are_selected_and_tabulated(images, tmp_path):
     for posterior in ("diagonal", "ar1"):
         for seed in (0, 1):
@@ -132,6 +197,17 @@ def test_records_are_selected_and_tabulated(images, tmp_path):
     assert {r["experiment"]["seed"] for r in chosen} == {0, 1}
     table = result_table(load_records(tmp_path)).splitlines()
     assert len(table) == 4 and "±" in table[2] and table[2].count("|") == table[0].count("|")
+    run(images, folder=tmp_path, objective="beta-elbo", beta=9.0)
+    assert len(result_table(load_records(tmp_path)).splitlines()) == 5, "not another seed"
+    runs = load_records(tmp_path, posterior="ar1")
+    with pytest.raises(ValueError, match=r"share a seed \(\[0, 0, 1\]\)"):
+        paired_difference(runs, runs, lambda record: 0.0)
+
+
+def test_standard_error_of_the_mean():
+    mean, error = mean_and_standard_error([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5 and math.isclose(error, math.sqrt(5 / 3 / 4))
+    assert math.isnan(mean_and_standard_error([1.0])[1])
 
 
 def test_the_name_of_a_record_tells_what_is_not_default():
@@ -160,7 +236,7 @@ def test_a_damaged_record_is_refused_with_its_name(images, tmp_path, damage, sen
 
 def test_a_record_with_nan_is_not_written(images, tmp_path):
     record = {**run(images), "iwae": math.nan}
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match=r"not a finite number in iwae; it is not written"):
         save_record(record, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -172,6 +248,7 @@ def test_a_record_with_nan_is_not_written(images, tmp_path):
             dict(posterior="ar2"),
             "Unknown posterior 'ar2'; known are 'isotropic', ",
         ),
+        (dict(dataset="../x", source="own"), r"dataset is '../x'; as it becomes a file name"),
         (dict(dataset="cifar"), "Unknown data set 'cifar'; known are 'mnist', 'fashion-mnist'"),
         (dict(source="web"), "Unknown source 'web'; known are 'embedded', 'full', 'own'"),
         (dict(architecture="resnet"), "Unknown architecture 'resnet'; known are 'mlp', 'cnn'"),

@@ -17,7 +17,8 @@ CONDA_NAMES = {"torch": "pytorch"}
 
 def requirements():
     optional = PROJECT["optional-dependencies"]
-    return [*PROJECT["dependencies"], *optional["notebooks"], *optional["test"]]
+    every = [*PROJECT["dependencies"], *optional["notebooks"], *optional["test"]]
+    return [r for r in every if not r.startswith("rhovae")]
 
 
 def test_environment_yml_has_the_dependencies_of_pyproject():

@@ -106,3 +106,9 @@ def test_the_published_loss_depends_on_the_batch_size():
     q = make("published-notebook", 5, batch=8)
     assert not torch.allclose(q.charged_kl(8), q.charged_kl(4))
     torch.testing.assert_close(q.charged_kl(1), q.formula_kl, rtol=1e-12, atol=0)
+
+
+def test_expands_to_the_same_law():
+    q = make("published-notebook", 4, batch=3)
+    wide, z = q.expand((2, 3)), torch.randn(2, 3, 4)
+    torch.testing.assert_close(wide.log_prob(z), q.log_prob(z))
