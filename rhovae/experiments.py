@@ -56,8 +56,7 @@ class Experiment:
         initialisation: "torch" (PyTorch's own) or "xavier" (uniform, no bias; the paper's script).
         image_size: height and width to which images are resized; 0 leaves them as they are.
         beta: weight of the KL, with objective "beta-elbo".
-        alpha, lambda_, kernel: of InfoVAE and its MMD ("rbf" or "imq"), with objective "info-vae";
-            the defaults are those of Zhao et al. (2019) for MNIST.
+        alpha, lambda_, kernel: of InfoVAE and its MMD ("rbf" or "imq"), with objective "info-vae".
         iwae_samples, iwae_images: draws per image and test images for the importance-weighted NLL.
     Raises:
         ValueError: an unknown name or a value out of range.

@@ -71,7 +71,7 @@ def info_vae(
     lambda_: float,
     kernel: str,
 ) -> Terms:
-    """InfoVAE (Zhao et al. 2019, Eq. 6 with the MMD in place of the divergence of marginals).
+    """InfoVAE (Zhao et al. 2019), with the MMD between the marginals of z.
 
     reconstruction + (1 - alpha) KL + (alpha + lambda - 1) MMD^2(q(z), p(z))
 

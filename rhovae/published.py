@@ -4,10 +4,11 @@ Both variants draw a chain whose innovations keep the full standard deviation sq
 
     z_1 = sqrt(s) e_1,    z_j = r z_{j-1} + sqrt(s) e_j,    then + loc,                        (4.1)
 
-with r = rho in the notebooks and r = 1 (rho forgotten, a random walk) in the script that made the
-paper's figures. They charge the KL divergence of another distribution, N(loc, s R(rho)), and divide
-all of it but |loc|^2 by the batch size. Here each is a distribution that samples what the code
-samples, with its true log_prob, entropy and KL, and beside that the KL that the code charges.
+with r = rho in the notebooks and r = 1 (rho forgotten, a random walk) in the script, whose losses
+are those of the paper's Figure 1. They charge the KL divergence of another distribution,
+N(loc, s R(rho)), and divide all of it but |loc|^2 by the batch size. Here each is a distribution
+that samples what the code samples, with its true log_prob, entropy and KL, and beside that the KL
+that the code charges.
 
 Source: github.com/sssohrab/rho_VAE, notebooks/rho_VAE.ipynb, models.py, utils.py (2019).
 """
@@ -92,7 +93,7 @@ class PublishedNotebook(AR1):
 
 
 class PublishedScript(PublishedNotebook):
-    """Posterior of models.py and main.py, which made the figures: a random walk without rho."""
+    """Posterior of models.py, whose losses are those of Figure 1: a random walk without rho."""
 
     forget_rho, epsilon = True, 0.0
 
@@ -100,8 +101,8 @@ class PublishedScript(PublishedNotebook):
 def published_loss(q: Distribution, z: Tensor, logits: Tensor, x: Tensor) -> Terms:
     """The loss the released code minimises and reports, per image and in nats.
 
-    Alone among the objectives it depends on the batch it is given. With any other posterior it is
-    the negative ELBO, as in the code's baselines.                             (4.3), notebooks/04
+    It depends on the size of the batch it is given. With any other posterior it is the negative
+    ELBO, as in the code's baselines.                                          (4.3), notebooks/04
     """
     terms = negative_elbo(q, z, logits, x)
     if isinstance(q, PublishedNormal):
