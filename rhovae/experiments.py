@@ -12,6 +12,7 @@ import torch
 import torchvision.transforms.v2.functional
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoint
 from .data import (
     DATASETS,
     SOURCES,
@@ -35,6 +36,8 @@ ALL_POSTERIORS = POSTERIORS | PUBLISHED_POSTERIORS
 ALL_OBJECTIVES = OBJECTIVES | {"as-published": published_loss, "divided-kl": divided_loss}
 OBJECTIVE_SETTINGS = {"beta-elbo": ("beta",), "info-vae": ("alpha", "lambda_", "kernel")}
 INITIALISATIONS = ("torch", "xavier")
+# What is judged after training: it does not decide what is trained.
+EVALUATION = ("iwae_samples", "iwae_images")
 KEPT_SAMPLES, KEPT_RECONSTRUCTIONS = 32, 8
 
 
@@ -123,13 +126,21 @@ class Experiment:
     @property
     def name(self) -> str:
         """File name of the record: the main fields, then the others where they are not default."""
+        return self._name(f"e{self.epochs}", "epochs")
+
+    @property
+    def run_name(self) -> str:
+        """File name of the checkpoint: the same without what can change as training goes on."""
+        return self._name("", "epochs", *EVALUATION)
+
+    def _name(self, epochs: str, *hidden: str) -> str:
         main = ("dataset", "source", "architecture", "objective", "posterior")
         parts = [getattr(self, key) for key in main]
-        parts += [f"d{self.latent}", f"e{self.epochs}", f"s{self.seed}"]
-        shown = {*main, "latent", "epochs", "seed"}
+        parts += [part for part in (f"d{self.latent}", epochs, f"s{self.seed}") if part]
+        hidden = {*main, *hidden, "latent", "seed"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in shown and value != field.default:
+            if field.name not in hidden and value != field.default:
                 parts.append(f"{field.name}={value}")
         return "-".join(parts)
 
@@ -160,6 +171,7 @@ def run_experiment(
     root: str | Path | None = None,
     folder: str | Path | None = None,
     reuse: bool = False,
+    checkpoints: str | Path | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> dict:
@@ -171,6 +183,8 @@ def run_experiment(
         root: folder of the full sets (see `load_images`).
         folder: where to save the record as JSON; nowhere if None.
         reuse: take the record from `folder` if this very experiment is there already.
+        checkpoints: folder where every epoch is saved, and from where a run goes on that was
+            interrupted or shall now have more epochs; nowhere if None.
         device: "auto", or a name torch knows.
         progress: show a progress bar.
     Returns:
@@ -183,7 +197,8 @@ def run_experiment(
     images = None
     if reuse and path and path.is_file():
         record = load_record(path)
-        same = record["experiment"] == dataclasses.asdict(experiment)
+        # Through Experiment, as an older record lacks the fields that came later.
+        same = Experiment(**record["experiment"]) == experiment
         if same and experiment.source == "own":
             images = _images(experiment, train, test, root)
             same = record["data"] == _fingerprints(*images)
@@ -194,14 +209,14 @@ def run_experiment(
     train, test = (_resized(part, experiment.image_size).to(device) for part in images)
     vae = build_vae(experiment, tuple(train.shape[1:])).to(device)
     origin = environment(device)
-    start = time.perf_counter()
     history = fit(
         vae, train, test, build_objective(experiment),
         epochs=experiment.epochs, batch_size=experiment.batch_size,
         learning_rate=experiment.learning_rate, seed=experiment.seed,
         progress=progress, label=experiment.posterior,
+        checkpoint=_checkpoint(experiment, images, checkpoints) if checkpoints else None,
     )  # fmt: skip
-    training_time = time.perf_counter() - start
+    evaluation_start = time.perf_counter()
     judged = test[: experiment.iwae_images]
     set_seed(experiment.seed, 3)
     nll = iwae_nll(vae, judged, experiment.iwae_samples)
@@ -225,17 +240,24 @@ def run_experiment(
         },
         "data": _fingerprints(*images),
         "environment": origin,
-        "wall_time_s": {
-            "training": round(training_time, 2),
-            "all": round(time.perf_counter() - start, 2),
-        },
         "images": _pictures(vae, test, experiment.seed),
     }
     if experiment.posterior in PUBLISHED_POSTERIORS:
         record["published"] = decompose(vae, test, experiment.batch_size)
+    training = sum(entry["seconds"] for entry in history)
+    evaluation = time.perf_counter() - evaluation_start
+    record["wall_time_s"] = {"training": round(training, 2), "all": round(training + evaluation, 2)}
     if folder:
         save_record(record, folder)
     return record
+
+
+def _checkpoint(experiment: Experiment, images, folder: str | Path) -> Checkpoint:
+    """The place of a run, described by all that decides it: settings and images."""
+    run = {k: v for k, v in dataclasses.asdict(experiment).items() if k not in EVALUATION}
+    del run["epochs"]
+    path = Path(folder) / f"{experiment.run_name}.pt"
+    return Checkpoint(path, run | _fingerprints(*images))
 
 
 def _fingerprints(train: Tensor, test: Tensor) -> dict[str, str]:

@@ -23,7 +23,6 @@ def save_record(record: dict, folder: str | Path) -> Path:
         ValueError: a record with NaN or infinity, which JSON has no word for.
     """
     path = Path(folder) / f"{record['name']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     except ValueError:
@@ -31,13 +30,24 @@ def save_record(record: dict, folder: str | Path) -> Path:
             f"The record {record['name']} has a value that is not a finite number in "
             f"{', '.join(_not_finite(record)) or 'an unknown place'}; it is not written."
         ) from None
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, text.encode())
     return path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that its name never stands for half of it, whatever happens meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes that write the same file must not write into each other's.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _not_finite(value, place: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """Fit a VAE: epochs over images that are already in memory, one history entry per epoch."""
 
 import math
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checkpoint import Checkpoint
 from .data import to_unit_interval
 from .evaluation import evaluate, means_per_image
 from .objectives import Terms
@@ -45,6 +47,7 @@ def fit(
     seed: int = 0,
     progress: bool = True,
     label: str = "",
+    checkpoint: Checkpoint | None = None,
 ) -> list[dict]:
     """Train with Adam on the mean objective of each batch, and evaluate after every epoch.
 
@@ -59,18 +62,27 @@ def fit(
         seed: of the order of the images and of the posterior draws.
         progress: show a tqdm bar over epochs.
         label: what the bar is called.
+        checkpoint: where to save every epoch, and to go on from if it holds this run already. The
+            numbers are those of a run that was never interrupted.
     Returns:
         One entry per epoch: epoch, train and test means in nats per image (loss, negative_elbo,
-        reconstruction, kl), and the mean rho over test images (None without a rho).
+        reconstruction, kl), the mean rho over test images (None without a rho), and seconds.
     Raises:
         FloatingPointError: a training or test loss that is no longer finite, with the epoch.
     """
     # The fused kernel is the fastest where measured, and not there on every device.
     fused = train.device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(vae.parameters(), lr=learning_rate, fused=fused)
-    history = []
-    bar = tqdm(range(1, epochs + 1), desc=label, unit="epoch", disable=None if progress else True)
+    history = checkpoint.restore(epochs, vae, optimizer) if checkpoint else []
+    if history is None:
+        history, checkpoint = [], None
+    done = len(history)
+    bar = tqdm(
+        range(done + 1, epochs + 1), initial=done, total=epochs,
+        desc=label, unit="epoch", disable=None if progress else True,
+    )  # fmt: skip
     for epoch in bar:
+        start = time.perf_counter()
         set_seed(seed, 1, epoch)
         train_means = _train_epoch(vae, train, objective, optimizer, batch_size)
         set_seed(seed, 2)  # the same draws after every epoch, so that curves show the model move
@@ -81,7 +93,10 @@ def fit(
                     f"The {split} loss became {means['loss']} in epoch {epoch} of {epochs}; lower "
                     f"the learning rate (it is {learning_rate})."
                 )
-        history.append({"epoch": epoch, "train": train_means, "test": test_means, "rho": rho})
+        entry = {"epoch": epoch, "train": train_means, "test": test_means, "rho": rho}
+        history.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
+        if checkpoint:
+            checkpoint.save(history, vae, optimizer)
         bar.set_postfix_str(f"test -ELBO {test_means['negative_elbo']:.2f} nats")
     return history
 

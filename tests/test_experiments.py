@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from importlib import metadata
 
 import pytest
 import torch
 
 from rhovae import Experiment, run_experiment
+from rhovae.checkpoint import read_checkpoint
 from rhovae.evaluation import latent_statistics
 from rhovae.experiments import ALL_OBJECTIVES, ALL_POSTERIORS, build_vae
 from rhovae.objectives import negative_elbo
@@ -19,6 +21,7 @@ from rhovae.records import (
     paired_difference,
     result_table,
     save_record,
+    write_whole,
 )
 from rhovae.training import fit, pick_device, set_seed
 
@@ -43,15 +46,17 @@ SMALL = dict(dataset="squares", source="own", latent=3, epochs=2, batch_size=24,
              iwae_samples=5, iwae_images=10)  # fmt: skip
 
 
-def run(images, folder=None, reuse=False, **changes):
+def run(images, folder=None, reuse=False, checkpoints=None, **changes):
     experiment = Experiment(**{**SMALL, **changes})
     train, test = images
     return run_experiment(experiment, train=train, test=test, folder=folder, reuse=reuse,
-                          device="cpu", progress=False)  # fmt: skip
+                          checkpoints=checkpoints, device="cpu", progress=False)  # fmt: skip
 
 
 def without_times(record):
-    return json.dumps({k: v for k, v in record.items() if k != "wall_time_s"})
+    history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in record["history"]]
+    kept = {k: v for k, v in record.items() if k != "wall_time_s"}
+    return json.dumps(kept | {"history": history})
 
 
 @pytest.mark.parametrize("posterior", ALL_POSTERIORS)
@@ -109,6 +114,65 @@ def test_an_evaluation_in_between_does_not_change_training(images):
         )
     for one, other in zip(*histories, strict=True):
         assert one["train"] == other["train"]
+
+
+def test_an_extended_run_is_the_run_that_was_never_interrupted(images, tmp_path):
+    """Weights, optimiser, batch statistics and random numbers go on as if nothing had been."""
+    settings = dict(architecture="dcgan", posterior="ar1", batch_size=16)
+    whole = run(images, epochs=5, **settings)
+    for epochs in (1, 2, 4):
+        run(images, epochs=epochs, checkpoints=tmp_path, **settings)
+    extended = run(images, epochs=5, checkpoints=tmp_path, **settings)
+    assert without_times(extended) == without_times(whole)
+    (path,) = tmp_path.iterdir()
+    assert len(read_checkpoint(path)["history"]) == 5
+
+
+def test_a_finished_run_is_judged_again_without_training(images, tmp_path, monkeypatch):
+    first = run(images, checkpoints=tmp_path)
+    monkeypatch.setattr("rhovae.training._train_epoch", None)
+    second = run(images, checkpoints=tmp_path, iwae_samples=7)
+    assert second["history"] == first["history"] and second["iwae"]["samples"] == 7
+
+
+def test_a_checkpoint_of_more_epochs_or_of_other_images_is_not_used(images, tmp_path):
+    run(images, epochs=3, checkpoints=tmp_path)
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    shorter = run(images, epochs=2, checkpoints=tmp_path)
+    assert without_times(shorter) == without_times(run(images, epochs=2))
+    assert path.read_bytes() == before
+    other = (images[0].flip(0), images[1])
+    assert without_times(run(other, checkpoints=tmp_path)) == without_times(run(other))
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", "half", "pickle", "another"])
+def test_a_damaged_checkpoint_is_refused(images, tmp_path, damage):
+    run(images, checkpoints=tmp_path)
+    (path,) = tmp_path.iterdir()
+    if damage == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "pickle":
+        torch.save({"run": print}, path)
+    elif damage == "another":
+        torch.save({"run": {}, "history": []}, path)
+    else:
+        path.write_bytes(damage)
+    with pytest.raises(ValueError, match=r"is not a checkpoint \(.+\); delete it"):
+        run(images, checkpoints=tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"before")
+
+    def full(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, b"after")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"before"
 
 
 def test_streams_of_random_numbers(images):
