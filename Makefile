@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export IPYKERNEL_CELL_NAME := <cell>
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce paper figures test lint notebooks clean
+.PHONY: help setup reproduce paper progress figures test lint notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,12 +20,17 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 reproduce: $(READY)  ## the main job: run all notebooks on the embedded images into runs/embedded
-	$(BIN)/python tools/reproduce.py embedded
+	$(BIN)/python tools/reproduce.py
 
-paper: $(READY)  ## the same on the full sets (RHOVAE_DATA, or downloaded) into runs/full
-	$(BIN)/python tools/reproduce.py full
+# ARGS go to Snakemake: make paper ARGS='--cores 8 --config threads=2 grids=convolutional epochs=15'
+paper: $(READY)  ## every run of the paper's systems on the full sets (RHOVAE_DATA, or downloaded), in runs/full
+	$(if $(RHOVAE_DATA),RHOVAE_DATA='$(abspath $(RHOVAE_DATA))') $(BIN)/snakemake $(ARGS)
+
+progress: $(READY)  ## how far make paper is
+	@$(BIN)/python tools/progress.py
 
 figures: $(READY)  ## redraw figures/ from the committed records
+	$(BIN)/python tools/notebooks.py run runs/executed/04_published_code.ipynb notebooks/04_published_code.ipynb -p save_to figures
 	$(BIN)/python tools/notebooks.py run runs/executed/06_paper_figures.ipynb notebooks/06_paper_figures.ipynb -p save_to figures
 
 # Two workers with one thread each: on a shared machine more threads only wait for one another.

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torchvision.transforms.v2.functional
 from torch import Tensor, nn
 
@@ -19,16 +18,18 @@ from .data import (
     as_images,
     fingerprint,
     load_images,
+    load_labels,
     require_known,
-    to_unit_interval,
 )
 from .evaluation import evaluate, iwae_nll, latent_statistics
 from .networks import NETWORKS
 from .objectives import KERNELS, OBJECTIVES, Terms, negative_elbo
+from .pictures import latent_map, pictures
 from .posteriors import POSTERIORS
 from .provenance import environment
 from .published import PUBLISHED_POSTERIORS, decompose, divided_loss, published_loss
-from .records import SCHEMA, encode_png, load_record, save_record
+from .quality import sample_quality
+from .records import SCHEMA, load_record, save_record
 from .training import fit, pick_device, set_seed
 from .vae import VAE, count_parameters
 
@@ -38,7 +39,6 @@ OBJECTIVE_SETTINGS = {"beta-elbo": ("beta",), "info-vae": ("alpha", "lambda_", "
 INITIALISATIONS = ("torch", "xavier")
 # What is judged after training: it does not decide what is trained.
 EVALUATION = ("iwae_samples", "iwae_images")
-KEPT_SAMPLES, KEPT_RECONSTRUCTIONS = 32, 8
 
 
 @dataclass(frozen=True)
@@ -216,40 +216,55 @@ def run_experiment(
         progress=progress, label=experiment.posterior,
         checkpoint=_checkpoint(experiment, images, checkpoints) if checkpoints else None,
     )  # fmt: skip
-    evaluation_start = time.perf_counter()
-    judged = test[: experiment.iwae_images]
-    set_seed(experiment.seed, 3)
-    nll = iwae_nll(vae, judged, experiment.iwae_samples)
-    same_images, _ = evaluate(vae, judged, negative_elbo)
+    start = time.perf_counter()
     record = {
         "schema": SCHEMA,
         "name": experiment.name,
         "experiment": dataclasses.asdict(experiment),
         "history": history,
         "test": history[-1]["test"],
-        "iwae": {
-            "nll": nll,
-            "negative_elbo": same_images["negative_elbo"],
-            "samples": experiment.iwae_samples,
-            "images": len(judged),
-        },
-        "latent": latent_statistics(vae, test),
+        **_judge(experiment, vae, train, test, root),
         "parameters": {
             "total": count_parameters(vae),
             **{name: count_parameters(part) for name, part in vae.named_children()},
         },
         "data": _fingerprints(*images),
         "environment": origin,
-        "images": _pictures(vae, test, experiment.seed),
     }
-    if experiment.posterior in PUBLISHED_POSTERIORS:
-        record["published"] = decompose(vae, test, experiment.batch_size)
     training = sum(entry["seconds"] for entry in history)
-    evaluation = time.perf_counter() - evaluation_start
-    record["wall_time_s"] = {"training": round(training, 2), "all": round(training + evaluation, 2)}
+    both = training + time.perf_counter() - start
+    record["wall_time_s"] = {"training": round(training, 2), "all": round(both, 2)}
     if folder:
         save_record(record, folder)
     return record
+
+
+def _judge(experiment: Experiment, vae: VAE, train: Tensor, test: Tensor, root) -> dict:
+    """The parts of a record that say how good the trained model is."""
+    named = experiment.source != "own"
+    labels = load_labels(experiment.dataset, "test", experiment.source, root) if named else None
+    judged = test[: experiment.iwae_images]
+    stream = functools.partial(set_seed, experiment.seed)  # each part has random numbers of its own
+    stream(3)
+    nll = iwae_nll(vae, judged, experiment.iwae_samples)
+    same_images, _ = evaluate(vae, judged, negative_elbo)
+    iwae = {
+        "nll": nll,
+        "negative_elbo": same_images["negative_elbo"],
+        "samples": experiment.iwae_samples,
+        "images": len(judged),
+    }
+    stream(4)
+    images = pictures(vae, test)
+    stream(5)
+    latent = latent_statistics(vae, test)
+    stream(6)
+    quality = sample_quality(experiment.dataset, vae, test, train)
+    parts = {"iwae": iwae, "latent": latent, "quality": quality, "images": images}
+    parts["map"] = latent_map(vae, test, labels)
+    if experiment.posterior in PUBLISHED_POSTERIORS:
+        parts["published"] = decompose(vae, test, experiment.batch_size)
+    return parts
 
 
 def _checkpoint(experiment: Experiment, images, folder: str | Path) -> Checkpoint:
@@ -295,19 +310,3 @@ def _xavier_uniform(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-@torch.no_grad()
-def _pictures(vae: VAE, test: Tensor, seed: int) -> dict[str, str]:
-    """Samples of the prior, the first test images and their reconstructions from the mean."""
-    set_seed(seed, 4)
-    originals = test[torch.arange(KEPT_RECONSTRUCTIONS) % len(test)]
-    x = to_unit_interval(originals)
-    reconstructions = vae.decoder(vae.encode(x).mean).sigmoid()
-    rows = {
-        "samples": vae.generate(KEPT_SAMPLES),
-        "originals": x,
-        "reconstructions": reconstructions,
-    }
-    pixels = {key: (row[:, 0] * 255).round().to(torch.uint8) for key, row in rows.items()}
-    return {key: encode_png(row.cpu().numpy()) for key, row in pixels.items()}

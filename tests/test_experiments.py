@@ -10,9 +10,11 @@ import torch
 
 from rhovae import Experiment, run_experiment
 from rhovae.checkpoint import read_checkpoint
+from rhovae.data import to_unit_interval
 from rhovae.evaluation import latent_statistics
 from rhovae.experiments import ALL_OBJECTIVES, ALL_POSTERIORS, build_vae
 from rhovae.objectives import negative_elbo
+from rhovae.pictures import latent_map, pictures
 from rhovae.records import (
     decode_png,
     load_record,
@@ -219,6 +221,80 @@ def test_use_of_the_latent_space():
     assert statistics["variance_of_means"] == [0.25, 0.0]
     assert statistics["mean_variance"] == [0.25, 1.0]
     assert statistics["active_units"] == 1 and statistics["abs_rho"] is None
+
+
+class Spread(torch.nn.Module):
+    """Codes N(loc, scale^2) for images of three pixels: loc is the pixels, stretched and moved."""
+
+    def __init__(self, stretch, shift, scale):
+        super().__init__()
+        self.stretch, self.shift, self.scale = stretch, shift, scale
+
+    def encode(self, x):
+        loc = x.flatten(1) * self.stretch + self.shift
+        normal = torch.distributions.Normal(loc, self.scale.expand_as(loc))
+        return torch.distributions.Independent(normal, 1)
+
+
+def test_how_far_the_aggregated_posterior_is_from_the_prior():
+    images = torch.randint(0, 256, (20_000, 1, 1, 3), dtype=torch.uint8)
+    pixel_variance = (256**2 - 1) / 12 / 255**2  # of a uniform grey value
+    stretch = torch.tensor([1.0, 1.0, 0.0])
+    shift = torch.tensor([-0.5, 0.5, 0.0])  # means of the codes: 0, 1 and 0
+    variance = pixel_variance * stretch.square() + 0.25
+    expected = 0.5 * (variance.sum() + 1 - 3 - variance.log().sum()).item()
+    found = latent_statistics(Spread(stretch, shift, torch.tensor(0.5)), images)
+    assert math.isclose(found["aggregate_kl"], expected, abs_tol=0.05)
+    assert found["aggregate_mmd"] > 0.05
+    prior = latent_statistics(Spread(0 * stretch, 0 * shift, torch.tensor(1.0)), images)
+    # Sampling error of the moments: d (d + 3) / 4n nats in the mean.
+    assert 0 < prior["aggregate_kl"] < 10 * 3 * 6 / (4 * 20_000)
+    assert abs(prior["aggregate_mmd"]) < 0.01
+
+
+def test_a_map_of_two_variables_is_those_and_of_more_their_principal_plane():
+    images = torch.randint(0, 256, (500, 1, 1, 3), dtype=torch.uint8)
+    codes = to_unit_interval(images).flatten(1)
+    model = Spread(torch.tensor([1.0, 4.0, 2.0]), torch.zeros(3), torch.tensor(1.0))
+    labels = torch.arange(500) % 10
+    plane = latent_map(model, images, labels)
+    points, centred = torch.tensor(plane["points"]), codes - codes.mean(0)
+    _, values, axes = torch.pca_lowrank((centred * model.stretch).double(), q=3)
+    projected = (codes * model.stretch).double() @ axes[:, :2]
+    torch.testing.assert_close(points.abs().double(), projected.abs(), atol=1e-3, rtol=0)
+    assert (points.std(0).diff() < 0).all() and plane["labels"] == labels.tolist()
+    share = (values[:2].square().sum() / values.square().sum()).item()
+    assert math.isclose(plane["explained"], share, abs_tol=1e-4)
+    model.stretch = torch.tensor([1.0, -2.0])
+    model.shift = torch.zeros(2)
+    pairs = images[..., :2]
+    found = torch.tensor(latent_map(model, pairs, None)["points"])
+    torch.testing.assert_close(found, codes[:, :2] * model.stretch, atol=1e-3, rtol=0)
+
+
+def test_traversals_and_interpolations_start_from_the_codes_of_test_images():
+    """With a decoder that shows its code, the pictures can be read."""
+    images = torch.zeros(9, 1, 1, 3, dtype=torch.uint8)
+    images[:, 0, 0, 0] = 25 * torch.arange(9)
+    model = Spread(torch.ones(3), torch.zeros(3), torch.tensor(1.0))
+    model.decoder = lambda z: z.unflatten(-1, (1, 1, 3))
+    model.generate = lambda n: torch.zeros(n, 1, 1, 3)
+    shown = pictures(model, images)
+
+    def codes(name, count):
+        return torch.tensor(decode_png(shown[name], count)).squeeze(1).double().div(255).logit()
+
+    steps = torch.linspace(-3, 3, 8, dtype=torch.float64)
+    traversals = codes("traversals", 24).unflatten(0, (3, 8))
+    for variable, row in enumerate(traversals):
+        expected = torch.zeros(8, 3, dtype=torch.float64)
+        expected[:, variable] = steps
+        torch.testing.assert_close(row, expected, atol=0.05, rtol=0)
+    between = codes("interpolations", 32).unflatten(0, (4, 8))[..., 0]
+    ends = torch.arange(8, dtype=torch.float64) * 25 / 255
+    torch.testing.assert_close(between[:, 0], ends[:4], atol=0.02, rtol=0)
+    torch.testing.assert_close(between[:, -1], ends[4:], atol=0.02, rtol=0)
+    assert (between.diff(dim=-1) >= 0).all()
 
 
 def test_published_posteriors_report_a_loss_that_is_not_their_elbo(images):

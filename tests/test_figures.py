@@ -23,7 +23,7 @@ def restore_style():
 
 @pytest.fixture(scope="module")
 def records():
-    return load_records(DATA_FOLDER / "results", dataset="mnist", latent=10)
+    return load_records(DATA_FOLDER / "results" / "audit", dataset="mnist", latent=10)
 
 
 def test_every_posterior_has_a_colour_of_its_own():

@@ -116,7 +116,7 @@ def test_the_figures_can_be_drawn_from_what_make_paper_leaves(tmp_path):
     for posterior in ("elbo-diagonal", "elbo-ar1", "as-published-published-script"):
         for seed in range(3):
             pattern = f"*-full-mlp-{posterior}-d10-e15-s{seed}-*.json"
-            for path in (ROOT / "data" / "results").glob(pattern):
+            for path in (ROOT / "data" / "results" / "audit").glob(pattern):
                 (tmp_path / path.name).write_bytes(path.read_bytes())
     assert len(list(tmp_path.iterdir())) == 18
     settings = {"results": str(tmp_path), "source": "full", "save_to": str(tmp_path / "figures")}

@@ -17,7 +17,8 @@ CONDA_NAMES = {"torch": "pytorch"}
 
 def requirements():
     optional = PROJECT["optional-dependencies"]
-    every = [*PROJECT["dependencies"], *optional["notebooks"], *optional["test"]]
+    every = [*PROJECT["dependencies"], *optional["notebooks"]]
+    every += [*optional["grid"], *optional["test"]]
     return [r for r in every if not r.startswith("rhovae")]
 
 

@@ -1,8 +1,11 @@
-"""The experiments of each part of the work, as lists. The Snakefile runs them.
+"""The experiments of each part of the work, as lists: data/results/<grid>/<name>.json.
 
-A grid is named by what needs it. Names and order of the records follow from the experiments alone.
+The Snakefile runs them, each through notebook 05.
 """
 
+import dataclasses
+import json
+import shlex
 from itertools import product
 
 from rhovae import Experiment
@@ -33,14 +36,17 @@ def control() -> list[Experiment]:
     ]  # fmt: skip
 
 
-def convolutional() -> list[Experiment]:
+def convolutional(epochs: int = 5) -> list[Experiment]:
     """Notebook 06: the networks of the paper's Figures 3, 4 and 5, published and corrected.
 
-    Fewer epochs than the paper's 15 where a CPU takes minutes for one; the same command with more
-    epochs goes on from the checkpoints.
+    The paper trains for 15 epochs. Where a CPU takes minutes for one, the committed runs have
+    fewer; with more of them asked for, training goes on from the checkpoints.
+
+    Args:
+        epochs: of cnn and dcgan.
     """
-    networks = {"beta_cnn": dict(epochs=15, image_size=64), "cnn": dict(epochs=5),
-                "dcgan": dict(epochs=5)}  # fmt: skip
+    networks = {"beta_cnn": dict(epochs=15, image_size=64), "cnn": dict(epochs=epochs),
+                "dcgan": dict(epochs=epochs)}  # fmt: skip
     return [
         Experiment(dataset=dataset, source="full", architecture=network, posterior=posterior,
                    latent=10, initialisation="xavier", iwae_images=500, **networks[network])
@@ -50,4 +56,36 @@ def convolutional() -> list[Experiment]:
     ]  # fmt: skip
 
 
-GRIDS = {"audit": audit, "control": control, "convolutional": convolutional}
+def smoke() -> list[Experiment]:
+    """Two small runs that show that the grid works: seconds, on the embedded images."""
+    return [
+        Experiment(dataset="mnist", posterior=posterior, latent=2, epochs=5, iwae_samples=10)
+        for posterior in ("diagonal", "ar1")
+    ]
+
+
+GRIDS = {"audit": audit, "control": control, "convolutional": convolutional, "smoke": smoke}
+
+
+def parameters(experiment: Experiment) -> dict:
+    """An experiment as parameters of notebook 05; what is default is left out."""
+    changed = {
+        field.name: getattr(experiment, field.name)
+        for field in dataclasses.fields(experiment)
+        if getattr(experiment, field.name) != field.default
+    }
+    named = ("dataset", "architecture", "objective", "initialisation", "image_size")
+    settings = {name: changed.pop(name) for name in named if name in changed}
+    for name in ("source", "latent", "epochs"):  # here the notebook has defaults of its own
+        settings[name] = getattr(experiment, name)
+        changed.pop(name, None)
+    settings |= {"posteriors": [experiment.posterior], "seeds": [experiment.seed], "more": changed}
+    for name in ("posterior", "seed"):
+        changed.pop(name, None)
+    return settings
+
+
+def command_line(**settings) -> str:
+    """Notebook parameters as arguments of tools/notebooks.py run."""
+    pairs = (f"-p {name} {shlex.quote(json.dumps(value))}" for name, value in settings.items())
+    return " ".join(pairs)

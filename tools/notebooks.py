@@ -2,7 +2,7 @@
 
     python tools/notebooks.py normalise [NOTEBOOK ...]    rewrite in the one normal form
     python tools/notebooks.py execute [NOTEBOOK ...]      run with the default parameters, in place
-    python tools/notebooks.py run OUT_FOLDER NOTEBOOK ... [-p NAME VALUE ...]    run a copy
+    python tools/notebooks.py run OUT NOTEBOOK [-p NAME VALUE ...]    run a copy
 
 In the normal form a rerun with the same results changes no byte: fixed metadata, code cells counted
 1..n, joined streams, no widget states, stable ids; and the first code cell, which finds or installs

@@ -25,7 +25,7 @@ def table() -> str:
     data = ROOT / "data"
     for name, dataset, latent, posterior, figure, factor in SETTINGS:
         groups = by_posterior(
-            load_records(data / "results", dataset=dataset, source="full", latent=latent)
+            load_records(data / "results" / "audit", dataset=dataset, source="full", latent=latent)
         )
         published = published_curves(data / "published_curves.csv", figure)
         for model, as_published, ours in (

@@ -1,14 +1,11 @@
-"""Run every notebook headlessly and leave what they make under runs/<source>/.
+"""The main job: run every notebook headlessly on the embedded images, into runs/embedded/.
 
-    python tools/reproduce.py embedded      the main job, minutes
-    python tools/reproduce.py full          the same on the full sets
+    python tools/reproduce.py
 
 Notebook 05 trains on both data sets; 06 draws the paper's figures from the records just made; the
-others run as they are. Finished runs on the full sets are not repeated.
+others run as they are. For the full sets there is the Snakefile.
 """
 
-import argparse
-import os
 import time
 from pathlib import Path
 
@@ -20,33 +17,25 @@ TRAIN, FIGURES = "05_train.ipynb", "06_paper_figures.ipynb"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", choices=("embedded", "full"))
-    source = parser.parse_args().source
-    folder = Path("runs") / source
+    folder = Path("runs") / "embedded"
     out = ROOT / folder / "notebooks"
     start = time.perf_counter()
-    # A folder for the full sets given relative to here must hold in the notebooks' folder too.
-    if os.environ.get("RHOVAE_DATA"):
-        os.environ["RHOVAE_DATA"] = str(Path(os.environ["RHOVAE_DATA"]).resolve())
     results, figures = str(folder / "results"), str(folder / "figures")
-    if source == "embedded":
-        for old in (ROOT / results).glob("*.json"):
-            old.unlink()
+    for old in (ROOT / results).glob("**/*.json"):
+        old.unlink()
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         if path.name == TRAIN:
             for dataset in DATASETS:
-                settings = dict(dataset=dataset, source=source, results=results, latent=10,
+                settings = dict(dataset=dataset, results=f"{results}/audit", latent=10,
                                 posteriors=["diagonal", "ar1", "published-script"],
-                                initialisation="xavier", seeds=[0, 1, 2],
-                                reuse=source == "full")  # fmt: skip
+                                initialisation="xavier", seeds=[0, 1, 2])  # fmt: skip
                 run(path, out / f"{path.stem}_{dataset}.ipynb", settings)
         elif path.name == FIGURES:
-            settings = dict(results=results, source=source, save_to=figures)
+            settings = dict(results=results, source="embedded", save_to=figures)
             run(path, out / path.name, settings)
         else:
             run(path, out / path.name, {})
-    print("\n" + result_table(load_records(ROOT / results)))
+    print("\n" + result_table(load_records(ROOT / results / "audit")))
     drawn = sorted((ROOT / figures).glob("*.svg"))
     if not drawn:
         raise SystemExit(f"No figure was drawn into {figures}.")

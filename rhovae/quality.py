@@ -1,0 +1,131 @@
+"""How good samples are, measured in the feature space of a small classifier of the same images.
+
+The classifiers lie in data/classifiers/ (tools/train_classifier.py made them from the full training
+sets), so the scale is the same for every run, as it is for scores that rest on Inception's weights.
+"""
+
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+import torchvision.transforms.v2.functional
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from .data import DATA_FOLDER, DATASETS, to_unit_interval
+from .vae import VAE
+
+FEATURES, SIZE = 64, 28
+
+
+def build_classifier() -> nn.ModuleDict:
+    """Untrained: `features` maps images (n, 1, 28, 28) in [0, 1] to (n, 64), `logits` those to 10.
+
+    Three 3x3 convolutions (32, 64, 64 filters) with batch norm, and the mean over places.
+    """
+    features = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, FEATURES, 3, padding=1), nn.BatchNorm2d(FEATURES), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+    return nn.ModuleDict({"features": features, "logits": nn.Linear(FEATURES, 10)})
+
+
+def classifier_file(dataset: str) -> Path:
+    return DATA_FOLDER / "classifiers" / f"{dataset}.safetensors"
+
+
+@functools.cache
+def load_classifier(dataset: str) -> tuple[nn.ModuleDict, str]:
+    """The trained classifier of a set, and the first digits of its file's SHA-256."""
+    path = classifier_file(dataset)
+    classifier = build_classifier().float()
+    classifier.load_state_dict(load_file(path))
+    return classifier.eval(), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+@torch.no_grad()
+def features(classifier: nn.ModuleDict, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Features (n, 64) of images (n, 1, height, width), uint8 or in [0, 1]; resized to 28x28."""
+    parts = []
+    device = next(classifier.parameters()).device
+    for batch in images.split(batch_size):
+        x = batch if batch.is_floating_point() else to_unit_interval(batch)
+        if x.shape[-2:] != (SIZE, SIZE):
+            x = torchvision.transforms.v2.functional.resize(x, [SIZE, SIZE], antialias=True)
+        parts.append(classifier["features"](x.to(device)))
+    return torch.cat(parts)
+
+
+class _Given(nn.Module):
+    """What torchmetrics takes for a network: here the features are there already."""
+
+    num_features = FEATURES
+
+    def forward(self, given: Tensor) -> Tensor:
+        return given
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Squared Frechet distance of Gaussians fitted to two sets of features (Heusel et al. 2017).
+
+    |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), zero for equal means and covariances. Like every such
+    score it has a bias that falls with the number of images: compare equal numbers only.
+    """
+    distance = FrechetInceptionDistance(feature=_Given()).set_dtype(torch.float64)
+    distance.update(real, real=True)
+    distance.update(generated, real=False)
+    return distance.compute().item()
+
+
+def precision_and_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+    """Share of generated images that are near real ones, and the reverse.
+
+    Near: within the distance of a point to its k-th neighbour in its own set (Kynkaanniemi et al.
+    2019, Eq. 1). Precision falls with broken samples, recall with missing kinds.
+    """
+
+    def radii(points: Tensor) -> Tensor:
+        rows = [torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(1000)]
+        return torch.cat(rows)
+
+    def covered(points: Tensor, by: Tensor) -> float:
+        reach = radii(by)
+        near = [(torch.cdist(part, by) <= reach).any(1) for part in points.split(1000)]
+        return torch.cat(near).double().mean().item()
+
+    return covered(generated, real), covered(real, generated)
+
+
+@torch.no_grad()
+def sample_quality(dataset: str, vae: VAE, test: Tensor, train: Tensor) -> dict | None:
+    """Scores of as many draws of the model as there are test images, against those.
+
+    Args:
+        dataset: decides the classifier; None is returned for images that have none.
+        vae: the model; its draws come from torch's global generator.
+        test, train: uint8 images.
+    Returns:
+        frechet_distance, precision, recall; the frechet_distance of equally many training images,
+        which is what perfect samples would get; the number of images; the classifier's digest.
+    """
+    if dataset not in DATASETS or test.shape[1] != 1 or not classifier_file(dataset).is_file():
+        return None
+    vae.eval()
+    classifier, digest = load_classifier(dataset)
+    classifier = classifier.to(test.device)
+    sizes = [len(part) for part in test.split(500)]
+    generated = torch.cat([features(classifier, vae.generate(size)) for size in sizes])
+    real, seen = (features(classifier, images) for images in (test, train[: len(test)]))
+    precision, recall = precision_and_recall(real, generated)
+    return {
+        "frechet_distance": frechet_distance(real, generated),
+        "frechet_distance_of_training_images": frechet_distance(real, seen),
+        "precision": precision,
+        "recall": recall,
+        "images": len(test),
+        "classifier": digest,
+    }
