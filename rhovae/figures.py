@@ -77,25 +77,99 @@ def loss_curves(
     axes.set_ylabel("test $-$ELBO (nats per image)" if quantity == "negative_elbo" else quantity)
 
 
-def sample_grids(records: list[dict], columns: int = 8) -> Figure:
-    """Draws of each model's prior side by side, from the same latent noise."""
+def as_published_and_true(
+    runs: dict[str, dict[str, list[dict]]], published: dict, factor: float = 1.0
+) -> Figure:
+    """Row one: the loss the released code reports, lines of reruns through the published dots.
+
+    Row two: the true -ELBO of the same runs, and of the other posteriors.
+
+    Args:
+        runs: data set -> posterior -> records.
+        published: (data set, posterior) -> epoch -> nats, from `records.published_curves`, or {}.
+        factor: the normalisation under which the released code reports.
+    """
+    figure, all_axes = plt.subplots(2, len(runs), figsize=(4.5 * len(runs), 6.6), sharex=True)
+    for (top, bottom), (dataset, groups) in zip(all_axes.T, runs.items(), strict=True):
+        for posterior in ("diagonal", "published-script"):
+            loss_curves(top, groups.get(posterior, []), "loss", factor=factor)
+            dots = published.get((dataset, posterior), {})
+            top.plot(
+                list(dots), list(dots.values()), "o", ms=3.5, mfc="none", color=COLORS[posterior]
+            )
+        top.set(title=f"{dataset}: as published", ylabel="reported test loss (nats)", xlabel="")
+        everything = [record for group in groups.values() for record in group]
+        loss_curves(bottom, everything)
+        bottom.set(title=f"{dataset}: true cost ({extent(everything)})")
+    all_axes[0, 0].legend()
+    all_axes[1, 0].legend()
+    return figure
+
+
+def extent(records: list[dict]) -> str:
+    """How many epochs and seeds a figure shows; the least where posteriors differ."""
+    groups = by_posterior(records).values()
+    epochs = sorted({len(record["history"]) for record in records})
+    seeds = sorted({len(group) for group in groups})
+    return f"epochs: {epochs[0]}, seeds: {seeds[0]}"
+
+
+def sample_grids(
+    records: list[dict], picture: str = "samples", columns: int = 8, rows: int = 4
+) -> Figure:
+    """Pictures that models made, side by side.
+
+    Args:
+        records: one axes each.
+        picture: "samples" (draws of the prior, from the same latent noise in every model),
+            "traversals" (in each row one latent variable moves from -3 to 3, from the code of the
+            same test image) or "interpolations" (in each row from one test image's code to
+            another's).
+        columns, rows: of images; further ones are left out.
+    """
+    size = (3.4 * len(records), 0.43 * rows + 0.4)
+    figure, all_axes = plt.subplots(1, len(records), figsize=size, squeeze=False)
+    for axes, record in zip(all_axes[0], records, strict=True):
+        pixels = decode_png(record["images"][picture])[: columns * rows]
+        strips = [
+            np.concatenate(pixels[i : i + columns], 1) for i in range(0, len(pixels), columns)
+        ]
+        _show(axes, np.concatenate(strips), LABELS[record["experiment"]["posterior"]])
+    return figure
+
+
+def latent_maps(records: list[dict]) -> Figure:
+    """Posterior means of test images in two dimensions, coloured by class, over the prior.
+
+    The circles hold 50 and 95 % of the prior's draws. With more than two latent variables the
+    plane is that of the first two principal components of the means.
+    """
     figure, all_axes = plt.subplots(
-        1, len(records), figsize=(3.4 * len(records), 2.1), squeeze=False
+        1, len(records), figsize=(3.1 * len(records), 3.3), squeeze=False, sharex=True, sharey=True
     )
     for axes, record in zip(all_axes[0], records, strict=True):
-        pixels = decode_png(record["images"]["samples"], 32)
-        rows = [np.concatenate(pixels[i : i + columns], 1) for i in range(0, 32, columns)]
-        _show(axes, np.concatenate(rows), LABELS[record["experiment"]["posterior"]])
+        places = record["map"]
+        colors = "0.4" if places["labels"] is None else places["labels"]
+        dots = axes.scatter(*np.array(places["points"]).T, s=4, c=colors, cmap="tab10")
+        for share in (0.5, 0.95):
+            radius = np.sqrt(-2 * np.log(1 - share))
+            axes.add_patch(plt.Circle((0, 0), radius, fill=False, color="0.5", lw=0.8))
+        axes.set_aspect("equal")
+        shown = places["explained"]
+        share = "" if shown in (None, 1) else f", {shown:.0%} of variance"
+        axes.set_title(LABELS[record["experiment"]["posterior"]] + share)
+    if places["labels"] is not None:
+        figure.legend(*dots.legend_elements(), loc="outside right center", title="class")
     return figure
 
 
 def reconstructions(records: list[dict]) -> Figure:
     """Test images in the first row, and below them what each model makes of their mean code."""
     figure, all_axes = plt.subplots(len(records) + 1, 1, figsize=(6.4, 0.95 * (len(records) + 1)))
-    originals = decode_png(records[0]["images"]["originals"], 8)
+    originals = decode_png(records[0]["images"]["originals"])
     _show(all_axes[0], np.concatenate(originals, 1), "test images")
     for axes, record in zip(all_axes[1:], records, strict=True):
-        pixels = decode_png(record["images"]["reconstructions"], 8)
+        pixels = decode_png(record["images"]["reconstructions"])
         label = LABELS[record["experiment"]["posterior"]]
         _show(axes, np.concatenate(pixels, 1), label)
     return figure

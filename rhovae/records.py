@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 SCHEMA = 1
 REQUIRED = ("schema", "experiment", "history", "test", "iwae", "latent", "parameters", "data",
@@ -178,6 +179,29 @@ def result_table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def quality_table(records: list[dict]) -> str:
+    """Markdown table of how good samples are and how the latent space is used, one row per run.
+
+    Runs whose record has no such scores are left out.
+    """
+    lines = [
+        "| data | network | epochs | posterior | Fréchet distance | of training images | precision "
+        "| recall | active units | KL of aggregate to prior (nats) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        quality, latent, e = record.get("quality"), record["latent"], record["experiment"]
+        if quality is None:
+            continue
+        cells = [e["dataset"], e["architecture"], e["epochs"], e["posterior"]]
+        cells += [f"{quality['frechet_distance']:.1f}"]
+        cells += [f"{quality['frechet_distance_of_training_images']:.1f}"]
+        cells += [f"{quality['precision']:.2f}", f"{quality['recall']:.2f}"]
+        cells += [f"{latent['active_units']} of {e['latent']}", f"{latent['aggregate_kl']:.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def format_nats(values) -> str:
     """Mean +- standard error over seeds; the mean alone for one seed."""
     mean, error = mean_and_standard_error(values)
@@ -185,13 +209,18 @@ def format_nats(values) -> str:
 
 
 def encode_png(pixels: np.ndarray) -> str:
-    """uint8 images (n, height, width), side by side in one row, as a base64 PNG."""
+    """uint8 images (n, height, width), side by side in one row, as a base64 PNG that knows n."""
+    count = PngInfo()
+    count.add_text("images", str(len(pixels)))
+    row = Image.fromarray(np.concatenate(list(pixels), axis=1))
     buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(list(pixels), axis=1)).save(buffer, format="PNG", optimize=True)
+    row.save(buffer, format="PNG", optimize=True, pnginfo=count)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def decode_png(text: str, count: int) -> np.ndarray:
-    """Undo `encode_png`: uint8 images (count, height, width)."""
-    row = np.asarray(Image.open(io.BytesIO(base64.b64decode(text, validate=True))))
-    return np.stack(np.split(row, count, axis=1))
+def decode_png(text: str) -> np.ndarray:
+    """Undo `encode_png`: uint8 images (n, height, width)."""
+    image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+    # The first records did not say how many they hold; their images are square.
+    count = int(image.info.get("images", image.width // image.height))
+    return np.stack(np.split(np.asarray(image), count, axis=1))

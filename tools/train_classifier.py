@@ -14,7 +14,7 @@ from rhovae.data import DATASETS, load_images, load_labels, to_unit_interval
 from rhovae.quality import build_classifier, classifier_file
 from rhovae.training import set_seed
 
-EPOCHS, BATCH, LEARNING_RATE = 8, 128, 2e-3
+EPOCHS, BATCH, LEARNING_RATE = 5, 128, 3e-3
 
 
 def train(dataset: str, root: str | None) -> float:

@@ -1,0 +1,158 @@
+"""The grid: what is planned, what a kill leaves, and how far it says it is."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from rhovae import Experiment, run_experiment
+from rhovae.records import load_record
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import grids  # noqa: E402
+import progress  # noqa: E402
+
+FIGURES = ("04_decomposition", "06_figure_1_full", "06_figure_2_mnist_full",
+           "06_figure_2_fashion-mnist_full")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    torch.set_default_dtype(torch.float32)
+
+
+def command(folder, *arguments, **config):
+    """Snakemake in a folder of the test's own, where it also keeps its notes and its lock."""
+    settings = [f"{key}={value}" for key, value in ({"runs": folder} | config).items()]
+    start = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile"]
+    return [*start, "--directory", folder, "--cores", "2", *arguments, "--config", *settings]
+
+
+def planned(folder, *arguments, **config):
+    """What a dry run would do, as {rule: number of jobs} and its whole text."""
+    run = subprocess.run(
+        command(folder, "--dry-run", *arguments, **config), capture_output=True, text=True
+    )
+    text = run.stdout + run.stderr
+    assert run.returncode == 0, text
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", text.partition("Job stats:")[2], flags=re.M))
+    return {rule: int(count) for rule, count in jobs.items() if rule not in ("all", "total")}, text
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A tree in which everything is made; what its files hold does not matter to a plan."""
+    for grid in ("audit", "control"):
+        folder = tmp_path / "results" / grid
+        folder.mkdir(parents=True)
+        for experiment in grids.GRIDS[grid]():
+            (folder / f"{experiment.name}.json").touch()
+    (tmp_path / "figures").mkdir()
+    for name in FIGURES:
+        (tmp_path / "figures" / f"{name}.svg").touch()
+    return tmp_path
+
+
+def test_on_a_finished_tree_nothing_is_planned_and_a_lost_record_is(finished):
+    config = dict(grids="audit,control")
+    jobs, text = planned(finished, **config)
+    assert jobs == {} and "Nothing to be done" in text
+    lost = {grid: grids.GRIDS[grid]()[3].name for grid in ("audit", "control")}
+    path = finished / "results" / "control" / f"{lost['control']}.json"
+    path.unlink()
+    jobs, text = planned(finished, **config)
+    assert jobs == {"experiment": 1, "audit_figures": 1} and f"training {lost['control']}" in text
+    path.touch()
+    (finished / "results" / "audit" / f"{lost['audit']}.json").unlink()
+    for name in FIGURES:  # as new as the record, so that only what is missing counts
+        (finished / "figures" / f"{name}.svg").touch()
+    jobs, text = planned(finished, **config)
+    assert jobs == {"experiment": 1, "audit_figures": 1, "paper_figures": 1}
+    assert f"training {lost['audit']}" in text
+
+
+def test_the_committed_records_are_those_of_the_grid(tmp_path):
+    """Nothing of the committed results would be trained again, and nothing else lies there."""
+    results = ROOT / "data" / "results"
+    jobs, text = planned(tmp_path, results=results, figures=tmp_path / "figures")
+    assert "experiment" not in jobs
+    for grid in ("audit", "control", "convolutional"):
+        names = {experiment.name for experiment in grids.GRIDS[grid]()}
+        assert {path.stem for path in (results / grid).glob("*.json")} == names
+        for path in (results / grid).glob("*.json"):
+            assert Experiment(**load_record(path)["experiment"]).name == path.stem
+
+
+def test_an_unknown_grid_is_refused(tmp_path):
+    run = subprocess.run(
+        command(tmp_path, "--dry-run", grids="audits"), capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "There is no grid audits; choose from audit, control" in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("grid", grids.GRIDS)
+def test_a_job_runs_the_experiment_of_its_name(grid):
+    """What notebook 05 makes of the parameters is the experiment again."""
+    for experiment in grids.GRIDS[grid]():
+        settings = grids.parameters(experiment)
+        more = settings.pop("more")
+        (posterior,), (seed,) = settings.pop("posteriors"), settings.pop("seeds")
+        assert Experiment(posterior=posterior, seed=seed, **settings, **more) == experiment
+
+
+def kill_with_everything_it_started(process):
+    """SIGKILL at once, as when a machine loses power: nobody can tidy up."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=20)
+
+
+def without_times(record):
+    history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in record["history"]]
+    kept = {k: v for k, v in record.items() if k not in ("wall_time_s", "environment")}
+    return json.dumps(kept | {"history": history})
+
+
+def test_a_killed_grid_goes_on_and_ends_as_if_nothing_had_been(tmp_path):
+    """Two runs, killed with the head once both have saved an epoch, then the same command again."""
+    experiments = grids.smoke()
+    checkpoints = [tmp_path / "checkpoints" / f"{e.run_name}.pt" for e in experiments]
+    records = [tmp_path / "results" / "smoke" / f"{e.name}.json" for e in experiments]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command(tmp_path, grids="smoke"), stdout=log, stderr=log)
+        deadline = time.monotonic() + 200
+        while not all(path.is_file() for path in checkpoints):
+            assert process.poll() is None and time.monotonic() < deadline, log.name
+            time.sleep(0.05)
+        kill_with_everything_it_started(process)
+        process.wait()
+    assert not all(path.is_file() for path in records), "it was killed too late to show anything"
+    lines = progress.progress(tmp_path, tmp_path / "results", ["smoke"])
+    assert re.search(r"epoch [1-5] of 5, test -ELBO \d+\.\d\d nats", lines[0]), lines
+    saved = [path.stat().st_mtime_ns for path in checkpoints]
+    assert re.fullmatch(r"smoke: [01] of 2 records, \d+ of 10 epochs \(\d+%\)", lines[-1]), lines
+
+    subprocess.run(command(tmp_path, "--unlock", grids="smoke"), check=True, capture_output=True)
+    run = subprocess.run(command(tmp_path, grids="smoke"), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "3 of 3 steps (100%) done" in run.stdout + run.stderr
+    assert all(new.stat().st_mtime_ns >= old for new, old in zip(checkpoints, saved, strict=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for experiment, path in zip(experiments, records, strict=True):
+        uninterrupted = run_experiment(experiment, device="cpu", progress=False)
+        assert load_record(path)["environment"]["threads"] == 1
+        assert without_times(load_record(path)) == without_times(uninterrupted)
+    torch.set_num_threads(threads)
+    lines = progress.progress(tmp_path, tmp_path / "results", ["smoke"])
+    assert lines == ["smoke: 2 of 2 records, 10 of 10 epochs (100%)"]
+    assert planned(tmp_path, grids="smoke")[0] == {}
