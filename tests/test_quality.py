@@ -63,6 +63,14 @@ def test_the_classifier_knows_the_classes(dataset, accuracy):
     assert right.float().mean() > accuracy
 
 
+def test_loading_a_classifier_uses_up_no_random_numbers():
+    """Else the first run of a process would draw other samples than the second."""
+    load_classifier.cache_clear()
+    before = torch.get_rng_state()
+    load_classifier("mnist")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_features_of_images_and_of_their_grey_values_agree():
     classifier, _ = load_classifier("mnist")
     images = load_images("mnist", "test")[:40]
