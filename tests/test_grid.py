@@ -81,7 +81,7 @@ def test_on_a_finished_tree_nothing_is_planned_and_a_lost_record_is(finished):
 def test_the_committed_records_are_those_of_the_grid(tmp_path):
     """Nothing of the committed results would be trained again, and nothing else lies there."""
     results = ROOT / "data" / "results"
-    jobs, text = planned(tmp_path, results=results, figures=tmp_path / "figures")
+    jobs, _ = planned(tmp_path, results=results, figures=tmp_path / "figures")
     assert "experiment" not in jobs
     for grid in ("audit", "control", "convolutional"):
         names = {experiment.name for experiment in grids.GRIDS[grid]()}
