@@ -162,11 +162,7 @@ def result_table(records: list[dict]) -> str:
         "| IWAE-NLL | mean abs. rho |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    groups = {}
-    for record in records:
-        settings = {k: v for k, v in record["experiment"].items() if k != "seed"}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
-    for group in groups.values():
+    for group in _same_but_for_the_seed(records):
         e = group[0]["experiment"]
         cells = [f"{e['dataset']} ({e['source']})", e["latent"], e["posterior"]]
         cells += [f"{group[0]['parameters']['posterior']:,}", len(group)]
@@ -180,26 +176,33 @@ def result_table(records: list[dict]) -> str:
 
 
 def quality_table(records: list[dict]) -> str:
-    """Markdown table of how good samples are and how the latent space is used, one row per run.
+    """Markdown table of how good samples are: mean +- standard error over seeds.
 
     Runs whose record has no such scores are left out.
     """
     lines = [
-        "| data | network | epochs | posterior | Fréchet distance | of training images | precision "
-        "| recall | active units | KL of aggregate to prior (nats) |",
+        "| data | network | epochs | posterior | seeds | Fréchet distance | of training images "
+        "| precision | recall | KL of aggregate to prior (nats) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for record in records:
-        quality, latent, e = record.get("quality"), record["latent"], record["experiment"]
-        if quality is None:
-            continue
-        cells = [e["dataset"], e["architecture"], e["epochs"], e["posterior"]]
-        cells += [f"{quality['frechet_distance']:.1f}"]
-        cells += [f"{quality['frechet_distance_of_training_images']:.1f}"]
-        cells += [f"{quality['precision']:.2f}", f"{quality['recall']:.2f}"]
-        cells += [f"{latent['active_units']} of {e['latent']}", f"{latent['aggregate_kl']:.2f}"]
+    for group in _same_but_for_the_seed([r for r in records if r.get("quality")]):
+        e = group[0]["experiment"]
+        cells = [f"{e['dataset']} ({e['source']})", e["architecture"], e["epochs"], e["posterior"]]
+        cells.append(len(group))
+        for key in ("frechet_distance", "frechet_distance_of_training_images", "precision",
+                    "recall"):  # fmt: skip
+            cells.append(format_nats(record["quality"][key] for record in group))
+        cells.append(format_nats(record["latent"]["aggregate_kl"] for record in group))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def _same_but_for_the_seed(records: list[dict]) -> list[list[dict]]:
+    groups = {}
+    for record in records:
+        settings = {k: v for k, v in record["experiment"].items() if k != "seed"}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
+    return list(groups.values())
 
 
 def format_nats(values) -> str:

@@ -49,7 +49,8 @@ def convolutional(epochs: int = 5) -> list[Experiment]:
                 "dcgan": dict(epochs=epochs)}  # fmt: skip
     return [
         Experiment(dataset=dataset, source="full", architecture=network, posterior=posterior,
-                   latent=10, initialisation="xavier", iwae_samples=100, iwae_images=500, **networks[network])
+                   latent=10, initialisation="xavier", iwae_samples=100, iwae_images=500,
+                   **networks[network])
         for network, dataset, posterior in product(
             networks, SETS, ("diagonal", "ar1", "published-script")
         )
