@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import (
     Distribution,
     Independent,
+    LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
     biject_to,
@@ -310,6 +311,20 @@ def _kl_multivariatenormal_ar1normal(q: MultivariateNormal, p: AR1Normal) -> Ten
     shift = p._whiten((q.loc - p.loc) / p.scale).square().sum(-1)
     half_log_det = q.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return 0.5 * (trace + shift - p._latent) + p._half_log_det - half_log_det
+
+
+@register_kl(MultivariateNormal, Independent)
+@register_kl(LowRankMultivariateNormal, Independent)
+def _kl_dense_independent(q: Distribution, p: Independent) -> Tensor:
+    """KL(q || p) for any normal q and diagonal p, which torch does not have.  (2.3), notebooks/02
+
+    -H(q) + 1/2 sum_j [log(2 pi s_j) + (Var_q(z_j) + (E_q z_j - m_j)^2) / s_j], s and m those of p.
+    """
+    loc, scale = _diagonal_parameters(p)
+    _check_same_event(q, p)
+    second_moment = (q.variance + (q.mean - loc).square()) / scale.square()
+    constant = 2 * scale.log() + math.log(2 * math.pi)
+    return 0.5 * (constant + second_moment).sum(-1) - q.entropy()
 
 
 def _diagonal_parameters(distribution: Independent) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def evaluate(
 
 def _has_neighbours(q: Distribution) -> bool:
     """Whether a posterior has correlations of neighbours; one latent variable has none."""
-    return hasattr(q, "rho") and q.rho.shape[-1] > 0
+    return hasattr(q, "rho") and q.event_shape[-1] > 1
 
 
 def means_per_image(sums: list[Tensor], count: int) -> dict[str, float]:

@@ -14,6 +14,10 @@ COLORS = {
     "diagonal": "#0072B2",
     "ar1": "#D55E00",
     "isotropic": "#009E73",
+    "ar1-scaled": "#E69F00",
+    "ar1-stepped": "#F0E442",
+    "low-rank": "#56B4E9",
+    "full": "#000000",
     "published-notebook": "#CC79A7",
     "published-script": "#AA4499",
 }
@@ -21,6 +25,10 @@ LABELS = {
     "diagonal": "diagonal (VAE)",
     "ar1": "AR(1) (rho-VAE)",
     "isotropic": "isotropic",
+    "ar1-scaled": "AR(1), scaled",
+    "ar1-stepped": "AR(1), stepped",
+    "low-rank": "low-rank",
+    "full": "full",
     "published-notebook": "as published, notebook",
     "published-script": "as published, script",
 }

@@ -8,7 +8,13 @@ covariance; `numbers_per_image` counts them all, and the parameters of a head ar
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import (
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+)
 
 from .distribution import AR1Normal
 
@@ -72,9 +78,79 @@ class AR1(PosteriorHead):
         return AR1Normal(self.loc(features), scale, fisher_z=fisher_z, validate_args=False)
 
 
+class AR1Scaled(PosteriorHead):
+    """A variance for each latent variable and one correlation: 2 latent + 1 numbers.
+
+    Contains the diagonal posterior (rho = 0) and the AR(1) one (equal variances).
+    """
+
+    def __init__(self, features: int, latent: int):
+        super().__init__(features, latent)
+        self.log_variance = nn.Linear(features, latent)
+        self.fisher_z = nn.Linear(features, 1)
+
+    forward = AR1.forward
+
+
+class AR1Stepped(PosteriorHead):
+    """A variance for each latent variable and a correlation for each step: 3 latent - 1 numbers.
+
+    The general Gauss-Markov chain, i.e. every normal with a tridiagonal precision.
+    """
+
+    def __init__(self, features: int, latent: int):
+        super().__init__(features, latent)
+        self.log_variance = nn.Linear(features, latent)
+        self.fisher_z = nn.Linear(features, max(latent - 1, 1))
+
+    forward = AR1.forward
+
+
+class LowRank(PosteriorHead):
+    """N(loc, diag(s) + F F^T) with F of rank at most 2: 4 latent numbers per image."""
+
+    rank = 2
+
+    def __init__(self, features: int, latent: int):
+        super().__init__(features, latent)
+        self.log_variance = nn.Linear(features, latent)
+        self.factor = nn.Linear(features, latent * self.rank)
+
+    def forward(self, features: Tensor) -> Distribution:
+        factor = self.factor(features).unflatten(-1, (self.latent, self.rank))
+        diagonal = torch.exp(self.log_variance(features))
+        loc = self.loc(features)
+        return LowRankMultivariateNormal(loc, factor, diagonal, validate_args=False)
+
+
+class Full(PosteriorHead):
+    """Any covariance (L D)(L D)^T, L unit lower triangular, D diagonal: d (d + 3) / 2 numbers."""
+
+    def __init__(self, features: int, latent: int):
+        super().__init__(features, latent)
+        self.log_variance = nn.Linear(features, latent)
+        self.below = nn.Linear(features, max(latent * (latent - 1) // 2, 1))
+
+    def forward(self, features: Tensor) -> Distribution:
+        scale = torch.exp(0.5 * self.log_variance(features))
+        factor = torch.diag_embed(torch.ones_like(scale))
+        rows, columns = torch.tril_indices(self.latent, self.latent, -1, device=features.device)
+        factor[..., rows, columns] = self.below(features)[..., : len(rows)]
+        loc = self.loc(features)
+        return MultivariateNormal(loc, scale_tril=factor * scale.unsqueeze(-2), validate_args=False)
+
+
 def _diagonal_normal(loc: Tensor, log_variance: Tensor) -> Distribution:
     scale = torch.exp(0.5 * log_variance)
     return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
 
-POSTERIORS = {"isotropic": Isotropic, "diagonal": Diagonal, "ar1": AR1}
+POSTERIORS = {
+    "isotropic": Isotropic,
+    "diagonal": Diagonal,
+    "ar1": AR1,
+    "ar1-scaled": AR1Scaled,
+    "ar1-stepped": AR1Stepped,
+    "low-rank": LowRank,
+    "full": Full,
+}
