@@ -24,10 +24,10 @@ reproduce: $(READY)  ## the main job: run all notebooks on the embedded images i
 
 # ARGS go to Snakemake: make paper ARGS='--cores 8 --config threads=2 grids=convolutional epochs=15'
 paper: $(READY)  ## every run of the paper's systems on the full sets (RHOVAE_DATA, or downloaded), in runs/full
-	$(if $(RHOVAE_DATA),RHOVAE_DATA='$(abspath $(RHOVAE_DATA))') $(BIN)/snakemake $(ARGS)
+	$(BIN)/snakemake $(ARGS)
 
 progress: $(READY)  ## how far make paper is
-	@$(BIN)/python tools/progress.py
+	@$(BIN)/python tools/progress.py $(ARGS)
 
 figures: $(READY)  ## redraw figures/ from the committed records
 	$(BIN)/python tools/notebooks.py run runs/executed/04_published_code.ipynb notebooks/04_published_code.ipynb -p save_to figures

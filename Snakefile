@@ -5,23 +5,24 @@
 #     snakemake --cores 2 --config results=data/results figures=figures       what is committed
 #     snakemake --workflow-profile profiles/slurm                on a cluster
 #
-# A record's name states its whole experiment, so a changed setting is another file, and nothing is
-# repeated because a notebook's prose was edited: code enters through ancient(), by name only.
+# A record's name states its whole experiment, so a changed setting is another file. Notebooks and
+# package are no inputs: nothing is trained again because a sentence was edited.
 # Every job can be killed and repeated. It saves each epoch, and writes its record in one step.
+import os
 import shlex
 import sys
 from pathlib import Path
 
-HERE = Path(workflow.basedir)
-sys.path.insert(0, str(HERE / "tools"))
-from grids import GRIDS, convolutional, command_line, parameters
+NOTEBOOKS, TOOLS = (Path(workflow.basedir) / name for name in ("notebooks", "tools"))
+sys.path.insert(0, str(TOOLS))
+from grids import GRIDS, command_line, convolutional, parameters
 
 RUNS = config.get("runs", "runs/full")  # checkpoints and executed notebooks, and by default
 RESULTS = config.get("results", f"{RUNS}/results")  # the records, and
 FIGURES = config.get("figures", f"{RUNS}/figures")  # the figures
 THREADS = int(config.get("threads", 1))  # of a training run: runs at a time = cores / threads
 CHOSEN = config.get("grids", "audit,control,convolutional").split(",")
-RUN = shlex.join([sys.executable, str(HERE / "tools" / "notebooks.py"), "run"])
+RUN = shlex.join([sys.executable, str(TOOLS / "notebooks.py"), "run"])
 
 unknown = set(CHOSEN) - set(GRIDS)
 if unknown:
@@ -29,17 +30,14 @@ if unknown:
         f"There is no grid {', '.join(sorted(unknown))}; choose from {', '.join(GRIDS)}."
     )
 EXPERIMENTS = {grid: {e.name: e for e in GRIDS[grid]()} for grid in CHOSEN}
-if "epochs" in config:  # the convolutional runs in another length than a CPU's
+if "epochs" in config and "convolutional" in CHOSEN:  # in another length than a CPU's
     EXPERIMENTS["convolutional"] = {e.name: e for e in convolutional(int(config["epochs"]))}
+if "RHOVAE_DATA" in os.environ:  # a notebook runs in its own folder, so paths must hold there
+    os.environ["RHOVAE_DATA"] = str(Path(os.environ["RHOVAE_DATA"]).absolute())
 
 
 def absolute(*parts):
-    """A notebook runs in its own folder, so what it is told must hold there."""
     return str(Path(*parts).absolute())
-
-
-def notebook(name):
-    return ancient(HERE / "notebooks" / name)
 
 
 def records(*grids):
@@ -64,13 +62,12 @@ rule all:
 
 
 rule experiment:
-    input:
-        notebook=notebook("05_train.ipynb"),
     output:
         f"{RESULTS}/{{grid}}/{{name}}.json",
     log:
         f"{RUNS}/notebooks/{{grid}}/{{name}}.ipynb",
     params:
+        notebook=NOTEBOOKS / "05_train.ipynb",
         settings=lambda w: command_line(
             **parameters(EXPERIMENTS[w.grid][w.name]),
             results=absolute(RESULTS, w.grid),
@@ -84,36 +81,42 @@ rule experiment:
     message:
         "training {wildcards.name}"
     shell:
-        "{RUN} {log:q} {input.notebook:q} {params.settings}"
+        "{RUN} {log:q} {params.notebook:q} {params.settings}"
 
 
 rule paper_figures:
     input:
         records("audit", "convolutional"),
-        notebook=notebook("06_paper_figures.ipynb"),
     output:
         PAPER_FIGURES,
     log:
         f"{RUNS}/notebooks/06_paper_figures.ipynb",
     params:
+        notebook=NOTEBOOKS / "06_paper_figures.ipynb",
         settings=command_line(results=absolute(RESULTS), source="full", save_to=absolute(FIGURES)),
+    resources:
+        mem_mb=4000,
+        runtime=60,
     message:
         "drawing the paper's figures"
     shell:
-        "{RUN} {log:q} {input.notebook:q} {params.settings}"
+        "{RUN} {log:q} {params.notebook:q} {params.settings}"
 
 
 rule audit_figures:
     input:
         records("audit", "control"),
-        notebook=notebook("04_published_code.ipynb"),
     output:
         f"{FIGURES}/04_decomposition.svg",
     log:
         f"{RUNS}/notebooks/04_published_code.ipynb",
     params:
+        notebook=NOTEBOOKS / "04_published_code.ipynb",
         settings=command_line(results=absolute(RESULTS), save_to=absolute(FIGURES)),
+    resources:
+        mem_mb=4000,
+        runtime=60,
     message:
         "drawing the audit"
     shell:
-        "{RUN} {log:q} {input.notebook:q} {params.settings}"
+        "{RUN} {log:q} {params.notebook:q} {params.settings}"

@@ -7,7 +7,7 @@ stream of its own (`training.set_seed`).
 
 import io
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,22 +17,32 @@ from torch.optim import Optimizer
 from .records import write_whole
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
     """Where a run is kept.
 
     Args:
         path: the file.
-        run: what decides the numbers of each epoch; a file with another description is not ours.
+        run: what decides the numbers of each epoch.
+        environment: versions, device and commit of this process.
+        defaults: what the fields of `run` are in a file that was written before they existed.
+    Attributes:
+        environments: those that trained a part of the run, in order, as far as they differ.
     """
 
     path: Path
     run: dict
+    environment: dict = field(default_factory=dict)
+    defaults: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.environments = [self.environment]
 
     def save(self, history: list[dict], vae: nn.Module, optimizer: Optimizer) -> None:
         """Write the state after the last epoch of `history`, whole or not at all."""
         state = {
             "run": self.run,
+            "environments": self.environments,
             "history": history,
             "vae": vae.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -44,20 +54,28 @@ class Checkpoint:
     def restore(self, epochs: int, vae: nn.Module, optimizer: Optimizer) -> list[dict] | None:
         """Bring the model and its optimiser to where the file stands, and return its history.
 
-        Nothing is changed where there is no file or that of another run (the history is empty), and
-        where it is past the wanted number of epochs (None: it is worth more than what is wanted,
-        and not to be written over).
+        Nothing is changed where there is no file (the history is empty), and where it is past the
+        wanted number of epochs (None: it is worth more than what is wanted, and is not written
+        over; so a shorter run after a longer one starts from the beginning and is not saved).
 
         Raises:
-            ValueError: a file that cannot be read.
+            ValueError: a file that cannot be read, or that of another run.
         """
         if not self.path.is_file():
             return []
         state = read_checkpoint(self.path, next(vae.parameters()).device)
-        if state["run"] != self.run:
-            return []
+        found = self.defaults | state["run"]
+        differing = [key for key in found | self.run if found.get(key) != self.run.get(key)]
+        if differing:
+            raise ValueError(
+                f"{self.path} is the checkpoint of another run: it differs in "
+                f"{', '.join(differing)}; delete it, or choose another folder for checkpoints."
+            )
         if len(state["history"]) > epochs:
             return None
+        self.environments = state.get("environments", [])
+        if len(state["history"]) < epochs and self.environment not in self.environments:
+            self.environments.append(self.environment)
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         return state["history"]

@@ -7,6 +7,7 @@ set), the full sets through torchvision, and your own array through `as_images`.
 import hashlib
 import io
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -143,13 +144,25 @@ def _default_root() -> Path:
     return Path.home() / ".cache" / "rhovae" if _INSTALLED else DATA_FOLDER / "torchvision"
 
 
+def _download(dataset: type, folder: Path) -> None:
+    """Fetch a set into a place of its own, then move its files: runs that start together each find
+    whole files or none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as place:
+        dataset(place, download=True)
+        for file in Path(place).rglob("*-ubyte"):
+            file.replace(folder / file.name)
+
+
 def _full(name: str, split: str, root: str | Path | None):
     root = Path(root or os.environ.get("RHOVAE_DATA") or _default_root())
     dataset, train = DATASETS[name], split == "train"
     folder = root / dataset.__name__ / "raw"
     complete = len(list(folder.glob("*-ubyte"))) == 4
     try:
-        return dataset(root, train=train, download=not complete)
+        if not complete:
+            _download(dataset, folder)
+        return dataset(root, train=train)
     except (RuntimeError, ValueError, OSError) as error:
         reason = f"({type(error).__name__}: {' '.join(str(error).split()).rstrip('; ')})"
     if complete:
@@ -157,7 +170,7 @@ def _full(name: str, split: str, root: str | Path | None):
             f"The full {name} in {folder} is damaged {reason}; delete its files there to have them "
             "downloaded again, or use source='embedded'."
         )
-    for made in (folder, folder.parent):  # torchvision makes folders before it downloads
+    for made in (folder, folder.parent):  # they were made for the download
         if made.is_dir() and not any(made.iterdir()):
             made.rmdir()
     raise FileNotFoundError(

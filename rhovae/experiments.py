@@ -184,7 +184,8 @@ def run_experiment(
         folder: where to save the record as JSON; nowhere if None.
         reuse: take the record from `folder` if this very experiment is there already.
         checkpoints: folder where every epoch is saved, and from where a run goes on that was
-            interrupted or shall now have more epochs; nowhere if None.
+            interrupted or shall now have more epochs; nowhere if None. On the same device and
+            with as many threads the numbers are those of a run that was never interrupted.
         device: "auto", or a name torch knows.
         progress: show a progress bar.
     Returns:
@@ -209,12 +210,13 @@ def run_experiment(
     train, test = (_resized(part, experiment.image_size).to(device) for part in images)
     vae = build_vae(experiment, tuple(train.shape[1:])).to(device)
     origin = environment(device)
+    checkpoint = _checkpoint(experiment, images, origin, checkpoints) if checkpoints else None
     history = fit(
         vae, train, test, build_objective(experiment),
         epochs=experiment.epochs, batch_size=experiment.batch_size,
         learning_rate=experiment.learning_rate, seed=experiment.seed,
         progress=progress, label=experiment.posterior,
-        checkpoint=_checkpoint(experiment, images, checkpoints) if checkpoints else None,
+        checkpoint=checkpoint,
     )  # fmt: skip
     start = time.perf_counter()
     record = {
@@ -231,6 +233,8 @@ def run_experiment(
         "data": _fingerprints(*images),
         "environment": origin,
     }
+    if checkpoint and checkpoint.environments != [origin]:
+        record["trained_in"] = checkpoint.environments
     training = sum(entry["seconds"] for entry in history)
     both = training + time.perf_counter() - start
     record["wall_time_s"] = {"training": round(training, 2), "all": round(both, 2)}
@@ -259,7 +263,7 @@ def _judge(experiment: Experiment, vae: VAE, train: Tensor, test: Tensor, root) 
     stream(5)
     latent = latent_statistics(vae, test)
     stream(6)
-    quality = sample_quality(experiment.dataset, vae, test, train)
+    quality = sample_quality(experiment.dataset, vae, test, train) if named else None
     parts = {"iwae": iwae, "latent": latent, "quality": quality, "images": images}
     parts["map"] = latent_map(vae, test, labels)
     if experiment.posterior in PUBLISHED_POSTERIORS:
@@ -267,12 +271,13 @@ def _judge(experiment: Experiment, vae: VAE, train: Tensor, test: Tensor, root) 
     return parts
 
 
-def _checkpoint(experiment: Experiment, images, folder: str | Path) -> Checkpoint:
+def _checkpoint(experiment: Experiment, images, origin: dict, folder: str | Path) -> Checkpoint:
     """The place of a run, described by all that decides it: settings and images."""
-    run = {k: v for k, v in dataclasses.asdict(experiment).items() if k not in EVALUATION}
-    del run["epochs"]
+    idle = {"epochs", *EVALUATION}
+    run = {k: v for k, v in dataclasses.asdict(experiment).items() if k not in idle}
+    defaults = {f.name: f.default for f in dataclasses.fields(Experiment) if f.name in run}
     path = Path(folder) / f"{experiment.run_name}.pt"
-    return Checkpoint(path, run | _fingerprints(*images))
+    return Checkpoint(path, run | _fingerprints(*images), origin, defaults)
 
 
 def _fingerprints(train: Tensor, test: Tensor) -> dict[str, str]:

@@ -157,8 +157,9 @@ def latent_maps(records: list[dict]) -> Figure:
     )
     for axes, record in zip(all_axes[0], records, strict=True):
         places = record["map"]
-        colors = "0.4" if places["labels"] is None else places["labels"]
-        dots = axes.scatter(*np.array(places["points"]).T, s=4, c=colors, cmap="tab10")
+        known = places["labels"] is not None
+        colors = dict(c=places["labels"], cmap="tab10") if known else dict(color="0.4")
+        dots = axes.scatter(*np.array(places["points"]).T, s=4, **colors)
         for share in (0.5, 0.95):
             radius = np.sqrt(-2 * np.log(1 - share))
             axes.add_patch(plt.Circle((0, 0), radius, fill=False, color="0.5", lw=0.8))
@@ -166,7 +167,7 @@ def latent_maps(records: list[dict]) -> Figure:
         shown = places["explained"]
         share = "" if shown in (None, 1) else f", {shown:.0%} of variance"
         axes.set_title(LABELS[record["experiment"]["posterior"]] + share)
-    if places["labels"] is not None:
+    if known:
         figure.legend(*dots.legend_elements(), loc="outside right center", title="class")
     return figure
 

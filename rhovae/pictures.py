@@ -1,5 +1,6 @@
 """What a record keeps to be looked at: images as base64 PNG, and a map of the latent space."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,14 @@ def pictures(vae: VAE, test: Tensor) -> dict[str, str]:
         "traversals": vae.decoder(traversed.flatten(0, 1)).sigmoid(),
         "interpolations": vae.decoder(between.flatten(0, 1)).sigmoid(),
     }
-    pixels = {key: (row[:, 0] * 255).round().to(torch.uint8) for key, row in rows.items()}
-    return {key: encode_png(row.cpu().numpy()) for key, row in pixels.items()}
+    return {key: encode_png(_pixels(row)) for key, row in rows.items()}
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    """Three channels are shown in colour; of any other number the first, in grey."""
+    grey_values = (images * 255).round().to(torch.uint8).cpu()
+    in_colour = images.shape[1] == 3
+    return (grey_values.permute(0, 2, 3, 1) if in_colour else grey_values[:, 0]).numpy()
 
 
 @torch.no_grad()
@@ -51,7 +58,8 @@ def latent_map(vae: VAE, test: Tensor, labels: Tensor | None) -> dict:
     Returns:
         points: (x, y) per image: the two latent variables, or where there are more the first two
             principal components of the means, to three decimals.
-        explained: share of the variance of the means that the plane shows; None for one variable.
+        explained: share of the variance of the means that the plane shows; None where there is
+            none to share: one variable, or means that are all the same.
         labels: class of each image, or None.
     """
     vae.eval()
@@ -64,8 +72,10 @@ def latent_map(vae: VAE, test: Tensor, labels: Tensor | None) -> dict:
         points = torch.cat((means, torch.zeros_like(means)), -1)
     elif means.shape[-1] == 2:
         points, explained = means, 1.0
+    elif not (centred := means - means.mean(0)).any():
+        points = means[:, :2]
     else:
-        _, values, axes = torch.linalg.svd(means - means.mean(0), full_matrices=False)
+        _, values, axes = torch.linalg.svd(centred, full_matrices=True)
         # The sign of a principal axis is arbitrary: let its largest entry be positive.
         largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
         points = means @ (axes * largest.sign())[:2].T

@@ -50,7 +50,10 @@ def load_classifier(dataset: str) -> tuple[nn.ModuleDict, str]:
 
 @torch.no_grad()
 def features(classifier: nn.ModuleDict, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Features (n, 64) of images (n, 1, height, width), uint8 or in [0, 1]; resized to 28x28."""
+    """Features (n, 64) of images (n, 1, height, width), uint8 or in [0, 1]; resized to 28x28.
+
+    They are computed where the classifier is and returned on the CPU, where the scores are taken.
+    """
     parts = []
     device = next(classifier.parameters()).device
     for batch in images.split(batch_size):
@@ -58,7 +61,7 @@ def features(classifier: nn.ModuleDict, images: Tensor, batch_size: int = 500) -
         if x.shape[-2:] != (SIZE, SIZE):
             x = torchvision.transforms.v2.functional.resize(x, [SIZE, SIZE], antialias=True)
         parts.append(classifier["features"](x.to(device)))
-    return torch.cat(parts)
+    return torch.cat(parts).cpu()
 
 
 class _Given(nn.Module):
@@ -104,6 +107,9 @@ def precision_and_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[f
 @torch.no_grad()
 def sample_quality(dataset: str, vae: VAE, test: Tensor, train: Tensor) -> dict | None:
     """Scores of as many draws of the model as there are test images, against those.
+
+    All images are seen at 28x28. Larger ones are blurred a little on the way there, real ones as
+    well as draws, so compare models of one image size only.
 
     Args:
         dataset: decides the classifier; None is returned for images that have none.

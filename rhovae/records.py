@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,8 @@ def save_record(record: dict, folder: str | Path) -> Path:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that its name never stands for half of it, whatever happens meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes that write the same file must not write into each other's.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Two processes that write the same file, on whatever machines, must not share this one.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -212,7 +213,11 @@ def format_nats(values) -> str:
 
 
 def encode_png(pixels: np.ndarray) -> str:
-    """uint8 images (n, height, width), side by side in one row, as a base64 PNG that knows n."""
+    """Images side by side in one row, as a base64 PNG that knows how many they are.
+
+    Args:
+        pixels: uint8, (n, height, width) or in colour (n, height, width, 3).
+    """
     count = PngInfo()
     count.add_text("images", str(len(pixels)))
     row = Image.fromarray(np.concatenate(list(pixels), axis=1))
@@ -222,7 +227,7 @@ def encode_png(pixels: np.ndarray) -> str:
 
 
 def decode_png(text: str) -> np.ndarray:
-    """Undo `encode_png`: uint8 images (n, height, width)."""
+    """Undo `encode_png`: uint8 images (n, height, width) or (n, height, width, 3)."""
     image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
     # The first records did not say how many they hold; their images are square.
     count = int(image.info.get("images", image.width // image.height))

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torchvision import datasets
 
 from rhovae import as_images, data, load_images
+from rhovae.data import load_labels
 
 
 @pytest.mark.parametrize("name", data.DATASETS)
@@ -72,7 +74,7 @@ def test_full_sets_in_torchvisions_layout(tmp_path, monkeypatch):
 
 def test_full_data_missing_without_network(tmp_path, monkeypatch):
     def no_network(self):
-        (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
+        Path(self.raw_folder).mkdir(parents=True)
         raise RuntimeError("Error downloading:\nno route to host\n")
 
     monkeypatch.setattr(datasets.MNIST, "download", no_network)
@@ -83,6 +85,21 @@ def test_full_data_missing_without_network(tmp_path, monkeypatch):
     assert "RHOVAE_DATA" in message and "source='embedded'" in message
     assert error.value.__context__ is None and "\n" not in message
     assert not list(tmp_path.iterdir()), "empty folders left behind"
+
+
+def test_a_download_shows_whole_files_or_none(tmp_path, monkeypatch):
+    """Runs start together: what one sees of another's download must be complete."""
+    raw = tmp_path / "MNIST" / "raw"
+
+    def slow_network(self):
+        write_full_set(Path(self.root))
+        assert not list(raw.glob("*-ubyte")), "a file under its final name, and not all written"
+
+    monkeypatch.setattr(datasets.MNIST, "download", slow_network)
+    assert load_images("mnist", "test", "full", root=tmp_path).shape == (20, 1, 28, 28)
+    assert (
+        len(list(raw.iterdir())) == 4 and load_labels("mnist", "test", "full", tmp_path).sum() == 0
+    )
 
 
 def test_a_truncated_full_set_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """From a name to a record: training, seeds, records and what is refused."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,7 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from rhovae import Experiment, run_experiment
+from rhovae import Experiment, run_experiment, training
 from rhovae.checkpoint import read_checkpoint
 from rhovae.data import to_unit_interval
 from rhovae.evaluation import latent_statistics
@@ -118,13 +119,18 @@ def test_an_evaluation_in_between_does_not_change_training(images):
         assert one["train"] == other["train"]
 
 
-def test_an_extended_run_is_the_run_that_was_never_interrupted(images, tmp_path):
+def test_an_extended_run_is_the_run_that_was_never_interrupted(images, tmp_path, monkeypatch):
     """Weights, optimiser, batch statistics and random numbers go on as if nothing had been."""
     settings = dict(architecture="dcgan", posterior="ar1", batch_size=16)
     whole = run(images, epochs=5, **settings)
     for epochs in (1, 2, 4):
         run(images, epochs=epochs, checkpoints=tmp_path, **settings)
+    trained, train_epoch = [], training._train_epoch
+    monkeypatch.setattr(
+        "rhovae.training._train_epoch", lambda *args: trained.append(1) or train_epoch(*args)
+    )
     extended = run(images, epochs=5, checkpoints=tmp_path, **settings)
+    assert len(trained) == 1, "four of five epochs were there"
     assert without_times(extended) == without_times(whole)
     (path,) = tmp_path.iterdir()
     assert len(read_checkpoint(path)["history"]) == 5
@@ -137,7 +143,28 @@ def test_a_finished_run_is_judged_again_without_training(images, tmp_path, monke
     assert second["history"] == first["history"] and second["iwae"]["samples"] == 7
 
 
-def test_a_checkpoint_of_more_epochs_or_of_other_images_is_not_used(images, tmp_path):
+def test_a_run_names_every_environment_that_trained_it(images, tmp_path, monkeypatch):
+    run(images, epochs=1, checkpoints=tmp_path)
+    assert "trained_in" not in run(images, epochs=2, checkpoints=tmp_path)
+    elsewhere = {"device": "another machine"}
+    monkeypatch.setattr("rhovae.experiments.environment", lambda device: elsewhere)
+    judged = run(images, epochs=2, checkpoints=tmp_path)
+    (first,) = judged["trained_in"]
+    assert judged["environment"] == elsewhere and first["torch"] == metadata.version("torch")
+    assert run(images, epochs=3, checkpoints=tmp_path)["trained_in"] == [first, elsewhere]
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_used(images, tmp_path, monkeypatch):
+    run(images, checkpoints=tmp_path)
+    (path,) = tmp_path.iterdir()
+    state = torch.load(path, weights_only=True)
+    del state["run"]["kernel"], state["environments"]
+    torch.save(state, path)
+    monkeypatch.setattr("rhovae.training._train_epoch", None)
+    assert run(images, checkpoints=tmp_path)["trained_in"] == []
+
+
+def test_a_checkpoint_of_more_epochs_is_left_alone_and_of_other_images_refused(images, tmp_path):
     run(images, epochs=3, checkpoints=tmp_path)
     (path,) = tmp_path.iterdir()
     before = path.read_bytes()
@@ -145,7 +172,8 @@ def test_a_checkpoint_of_more_epochs_or_of_other_images_is_not_used(images, tmp_
     assert without_times(shorter) == without_times(run(images, epochs=2))
     assert path.read_bytes() == before
     other = (images[0].flip(0), images[1])
-    assert without_times(run(other, checkpoints=tmp_path)) == without_times(run(other))
+    with pytest.raises(ValueError, match="checkpoint of another run: it differs in train_sha256;"):
+        run(other, checkpoints=tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a checkpoint", "half", "pickle", "another"])
@@ -439,12 +467,15 @@ def test_devices_and_seeds():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_runs_on_a_gpu(images):
-    train, test = images
-    record = run_experiment(
-        Experiment(**SMALL), train=train, test=test, device="cuda", progress=False
-    )
+def test_runs_on_a_gpu(tmp_path):
+    """With everything that is judged, and resumed on the CPU."""
+    experiment = Experiment("mnist", epochs=1, iwae_samples=2, iwae_images=10)
+    record = run_experiment(experiment, checkpoints=tmp_path, device="cuda", progress=False)
     assert record["environment"]["device"] == torch.cuda.get_device_name()
+    assert record["quality"]["images"] == 2000
+    longer = dataclasses.replace(experiment, epochs=2)
+    record = run_experiment(longer, checkpoints=tmp_path, device="cpu", progress=False)
+    assert len(record["trained_in"]) == 2
 
 
 @pytest.mark.parametrize("objective", ALL_OBJECTIVES)

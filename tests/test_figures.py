@@ -10,7 +10,15 @@ import pytest
 from rhovae import figures
 from rhovae.data import DATA_FOLDER
 from rhovae.experiments import ALL_POSTERIORS
-from rhovae.records import curve, load_records, paired_difference, published_curves
+from rhovae.records import (
+    curve,
+    decode_png,
+    encode_png,
+    load_records,
+    paired_difference,
+    published_curves,
+    quality_table,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +54,39 @@ def test_saved_figures_are_the_same_bytes(records, tmp_path):
         files.append(figures.save(figures.sample_grids(records[:2]), tmp_path, name).read_bytes())
         plt.close("all")
     assert files[0] == files[1] and b"<dc:date>" not in files[0]
+
+
+def test_a_latent_map_with_and_without_classes():
+    places = {"points": [[0.0, 1.0], [1.0, 0.0]], "explained": 0.5, "labels": [3, 4]}
+    record = {"experiment": {"posterior": "ar1"}, "map": places}
+    figure = figures.latent_maps([record])
+    assert figure.axes[0].get_title() == "AR(1) (rho-VAE), 50% of variance"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] != []
+    places |= {"labels": None, "explained": None}
+    figure = figures.latent_maps([record])
+    assert figure.legends == [] and figure.axes[0].get_title() == "AR(1) (rho-VAE)"
+
+
+def test_pictures_keep_their_colour_shape_and_number():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 6), dtype=np.uint8)
+    assert (decode_png(encode_png(pixels)) == pixels).all()
+    coloured = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    assert (decode_png(encode_png(coloured)) == coloured).all()
+
+
+def test_the_quality_table_has_means_over_seeds_of_the_runs_with_scores():
+    def record(seed, distance):
+        experiment = dict(dataset="mnist", source="full", architecture="cnn", epochs=5,
+                          posterior="ar1", seed=seed)  # fmt: skip
+        scores = dict(frechet_distance=distance, frechet_distance_of_training_images=0.5,
+                      precision=0.75, recall=0.25)  # fmt: skip
+        return {"experiment": experiment, "quality": scores, "latent": {"aggregate_kl": 1.0}}
+
+    others = [record(0, 9.0) | {"quality": None}]
+    lines = quality_table([record(0, 1.0), record(1, 3.0), *others]).splitlines()
+    assert len(lines) == 3
+    expected = ["mnist (full)", "cnn", "5", "ar1", "2", "2.00 ± 1.00", "0.50 ± 0.00"]
+    assert [cell.strip() for cell in lines[2].split("|")][1:8] == expected
 
 
 def test_reconstructions_have_a_row_per_model(records):

@@ -113,12 +113,13 @@ def test_no_cell_ends_with_a_semicolon(path):
 
 def test_the_figures_can_be_drawn_from_what_make_paper_leaves(tmp_path):
     """Three seeds, no isotropic posterior, no d = 5: fewer runs than the committed records."""
+    (tmp_path / "audit").mkdir()
     for posterior in ("elbo-diagonal", "elbo-ar1", "as-published-published-script"):
         for seed in range(3):
             pattern = f"*-full-mlp-{posterior}-d10-e15-s{seed}-*.json"
             for path in (ROOT / "data" / "results" / "audit").glob(pattern):
-                (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert len(list(tmp_path.iterdir())) == 18
+                (tmp_path / "audit" / path.name).write_bytes(path.read_bytes())
+    assert len(list((tmp_path / "audit").iterdir())) == 18
     settings = {"results": str(tmp_path), "source": "full", "save_to": str(tmp_path / "figures")}
     tool.run(ROOT / "notebooks" / "06_paper_figures.ipynb", tmp_path / "out.ipynb", settings)
     assert len(list((tmp_path / "figures").glob("*.svg"))) == 3

@@ -79,6 +79,16 @@ def test_features_of_images_and_of_their_grey_values_agree():
     )
 
 
+def test_larger_images_are_seen_at_the_classifiers_size():
+    classifier, _ = load_classifier("fashion-mnist")
+    images = load_images("fashion-mnist", "test")[:200]
+    doubled = images.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    small, large = features(classifier, images), features(classifier, doubled)
+    # Resizing blurs a little, so features move; but not so far as to be another image's.
+    nearest = torch.cdist(large, small).argmin(1)
+    assert (nearest == torch.arange(200)).float().mean() > 0.8
+
+
 class Known(torch.nn.Module):
     """A 'model' whose draws are given images."""
 

@@ -10,6 +10,7 @@ the package, and the badge at the top both carry the address that stands in pypr
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -118,6 +119,14 @@ def check_parameters(path: Path, parameters: dict) -> None:
         )
 
 
+def value_of(text: str):
+    """A parameter's value as JSON (YAML takes 1e-5 for a word), else as YAML (no quotes needed)."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return yaml.safe_load(text)
+
+
 def run(path: Path, out: Path, parameters: dict) -> None:
     """Execute a copy of a notebook in `out`; a failure names notebook, cell and error."""
     check_parameters(path, parameters)
@@ -154,7 +163,7 @@ def main() -> None:
     command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     arguments = parser.parse_args()
     if arguments.command == "run":
-        parameters = {name: yaml.safe_load(value) for name, value in arguments.p}
+        parameters = {name: value_of(text) for name, text in arguments.p}
         run(arguments.notebook, arguments.out, parameters)
         return
     for path in arguments.notebooks or sorted(NOTEBOOKS.glob("*.ipynb")):

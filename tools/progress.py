@@ -1,21 +1,24 @@
-"""How far the grid is, from its records and checkpoints: python tools/progress.py [RUNS [RESULTS]]
+"""How far the grid is, from its records and checkpoints.
 
-Reads files only, so it can be called at any time and, on a cluster, from any node.
+    python tools/progress.py [--runs runs/full] [--results data/results] [--epochs 15]
+
+with what was told to Snakemake. Reads files only, so it can be called at any time and, on a
+cluster, from any node.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
-from grids import GRIDS
+from grids import GRIDS, convolutional
 
+from rhovae import Experiment
 from rhovae.checkpoint import read_checkpoint
 
 
-def progress(runs: Path, results: Path, names: list[str]) -> list[str]:
-    """One line per experiment that is under way, and one per grid that has begun."""
+def progress(runs: Path, results: Path, grids: dict[str, list[Experiment]]) -> list[str]:
+    """One line per experiment that is under way, and one per grid."""
     lines = []
-    for grid in names:
-        experiments = GRIDS[grid]()
+    for grid, experiments in grids.items():
         done = epochs = 0
         for experiment in experiments:
             checkpoint = runs / "checkpoints" / f"{experiment.run_name}.pt"
@@ -38,9 +41,15 @@ def progress(runs: Path, results: Path, names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/full")
-    results = Path(sys.argv[2]) if len(sys.argv) > 2 else runs / "results"
-    print("\n".join(progress(runs, results, [grid for grid in GRIDS if grid != "smoke"])))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/full"))
+    parser.add_argument("--results", type=Path, help="if they are not in the folder of the runs")
+    parser.add_argument("--epochs", type=int, default=5, help="of cnn and dcgan")
+    arguments = parser.parse_args()
+    grids = {name: grid() for name, grid in GRIDS.items() if name != "smoke"}
+    grids["convolutional"] = convolutional(arguments.epochs)
+    results = arguments.results or arguments.runs / "results"
+    print("\n".join(progress(arguments.runs, results, grids)))
 
 
 if __name__ == "__main__":
