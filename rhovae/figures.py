@@ -153,7 +153,7 @@ def latent_maps(records: list[dict]) -> Figure:
     plane is that of the first two principal components of the means.
     """
     figure, all_axes = plt.subplots(
-        1, len(records), figsize=(3.1 * len(records), 3.3), squeeze=False, sharex=True, sharey=True
+        1, len(records), figsize=(3.5 * len(records), 3.6), squeeze=False, sharex=True, sharey=True
     )
     for axes, record in zip(all_axes[0], records, strict=True):
         places = record["map"]

@@ -8,7 +8,7 @@ shape (batch, *image_shape).
 from math import prod
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Bodies(NamedTuple):
@@ -105,6 +105,40 @@ def beta_cnn(image_shape: tuple[int, ...], latent: int) -> Bodies:
     return Bodies(encoder, 256, decoder)
 
 
+def rows(image_shape: tuple[int, ...], latent: int, filters: int = 128, reach: int = 2) -> Bodies:
+    """An image as a sequence of rows with one latent variable each, and a decoder that is local.
+
+    Row t is decoded from z_{t - reach}, ..., z_{t + reach} alone, by the same weights for all rows.
+    So the order of the latent variables is fixed: turning them would break the decoder. The
+    encoder, pixels-400 as in `mlp`, sees the whole image.
+    """
+    channels, height, width = image_shape
+    if latent != height:
+        raise ValueError(
+            f"The network rows has one latent variable per row, but latent is {latent} and the "
+            f"images have {height} rows; set latent={height}."
+        )
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(prod(image_shape), 400), nn.ReLU())
+    decoder = nn.Sequential(
+        *(nn.Unflatten(-1, (1, latent)), nn.Conv1d(1, filters, 2 * reach + 1, padding=reach)),
+        *(nn.ReLU(), nn.Conv1d(filters, filters, 1), nn.ReLU()),
+        nn.Conv1d(filters, channels * width, 1),
+        _RowsToImage(channels),
+    )
+    return Bodies(encoder, 400, decoder)
+
+
+class _RowsToImage(nn.Module):
+    """(batch, channels * width, rows) -> (batch, channels, rows, width)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.channels, -1)).transpose(-1, -2)
+
+
 def _reduced(image_shape: tuple[int, ...], factor: int, name: str) -> tuple[int, int]:
     """Height and width divided by a factor that must divide them."""
     _, height, width = image_shape
@@ -116,4 +150,4 @@ def _reduced(image_shape: tuple[int, ...], factor: int, name: str) -> tuple[int,
     return height // factor, width // factor
 
 
-NETWORKS = {"mlp": mlp, "cnn": cnn, "dcgan": dcgan, "beta_cnn": beta_cnn}
+NETWORKS = {"mlp": mlp, "cnn": cnn, "dcgan": dcgan, "beta_cnn": beta_cnn, "rows": rows}

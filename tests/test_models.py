@@ -31,7 +31,8 @@ def small_vae(posterior="ar1", latent=3):
     return VAE(bodies.encoder, head, bodies.decoder)
 
 
-SHAPES = {"mlp": SHAPE, "cnn": (1, 8, 12), "dcgan": (3, 8, 4), "beta_cnn": (1, 64, 64)}
+SHAPES = {"mlp": SHAPE, "cnn": (1, 8, 12), "dcgan": (3, 8, 4), "beta_cnn": (1, 64, 64),
+          "rows": (3, 7, 4)}  # fmt: skip
 
 
 @pytest.mark.parametrize("posterior", ALL_POSTERIORS)
@@ -55,6 +56,18 @@ def test_every_head_fits_every_network(posterior, latent):
         for name, parameter in vae.named_parameters():
             no_gradient = parameter.grad is None or not parameter.grad.any()
             assert no_gradient == (name.rpartition(".")[0] in unused), name
+
+
+def test_the_decoder_of_rows_is_local_and_the_same_for_each_row():
+    """A latent variable reaches two rows up and down, and moving all of them moves the image."""
+    decoder = NETWORKS["rows"]((1, 12, 5), 12).decoder
+    z = torch.randn(2, 12)
+    other = z.clone()
+    other[:, 6] += 1
+    changed = (decoder(z) != decoder(other)).any(-1).any(1)
+    assert changed.tolist() == [[4 <= row <= 8 for row in range(12)]] * 2
+    moved = decoder(z.roll(1, -1))
+    torch.testing.assert_close(moved[..., 4:9, :], decoder(z)[..., 3:8, :])
 
 
 def test_parameters_of_the_heads():
@@ -250,6 +263,7 @@ def test_a_head_needs_a_latent_variable(posterior):
     [
         ("cnn", (1, 30, 28), "cnn takes images .* divisible by 4, but these have 30x28; resize"),
         ("dcgan", (1, 28, 27), "dcgan takes images .* divisible by 4, but these have 28x27"),
+        ("rows", (1, 28, 28), "one latent variable per row, but latent is .* set latent=28"),
         ("beta_cnn", (1, 28, 28), "takes images of 64x64 pixels, .* 28x28; set image_size=64"),
     ],
 )
