@@ -2,9 +2,9 @@
 
 A linear VAE with prior N(0, I), decoder x = W z + m and noise of variance s2 is probabilistic PCA
 (Tipping and Bishop 1999). At its optimum all images have the same posterior covariance, with
-eigenvalues s_i = s2 / lambda_i, where lambda_i are the largest eigenvalues of the data's covariance
+eigenvalues v_i = s2 / lambda_i, where lambda_i are the largest eigenvalues of the data's covariance
 and s2 is the mean of the others. A rotation of the latent space changes nothing but the axes, so
-what a family costs depends on spectra alone.
+what a family of fixed shape costs depends on spectra alone, and s2 cancels.
 """
 
 import torch
@@ -53,33 +53,43 @@ def spectral_gap(shape: Tensor, variances: Tensor) -> Tensor:
     return 0.5 * (ratio.shape[-1] * ratio.mean(-1).log() - ratio.log().sum(-1))
 
 
-def isotropic_gap(variances: Tensor) -> Tensor:
-    """What one shared variance costs: the gap of a flat spectrum, in nats."""
-    return spectral_gap(torch.ones_like(variances), variances)
+def trained_gap(shape: Tensor, variances: Tensor) -> Tensor:
+    """The same after training, in nats: the decoder gives way to the family.  (7.7), notebooks/07
+
+    d log of the arithmetic over the geometric mean of sqrt(c_i / v_i): at most `spectral_gap`, and
+    half of it where the spread is small.
+
+    Args:
+        shape, variances: as for `spectral_gap`; the variances are those of the best linear VAE.
+    """
+    root = (shape.sort(-1).values / variances.sort(-1).values).sqrt()
+    return root.shape[-1] * root.mean(-1).log() - root.log().sum(-1)
 
 
-def ar1_gap(variances: Tensor, rho: Tensor) -> Tensor:
-    """What an AR(1) posterior with a given rho costs, in nats.               (7.5), notebooks/07
+def ar1_shape(rho: Tensor, latent: int) -> Tensor:
+    """Eigenvalues of R(rho), (*rho.shape, latent)."""
+    return torch.linalg.eigvalsh(ar1.correlation(rho.unsqueeze(-1), latent))
+
+
+def best_rho(variances: Tensor, gap=spectral_gap, steps: int = 60) -> tuple[float, float]:
+    """The rho in [0, 1) of the smallest gap, and that gap in nats.           (7.5), notebooks/07
+
+    R(-rho) has the eigenvalues of R(rho), so only one side is searched: over a grid, which is then
+    refined around its best point until neighbouring values differ by less than 1e-9.
 
     Args:
         variances: (d,).
-        rho: any shape; the result has the same.
+        gap: `spectral_gap` or `trained_gap`.
+        steps: points of a grid.
     """
-    correlation = ar1.correlation(rho.unsqueeze(-1), variances.shape[-1])
-    return spectral_gap(torch.linalg.eigvalsh(correlation), variances)
 
+    def price(rho: Tensor) -> Tensor:
+        return gap(ar1_shape(rho, len(variances)), variances)
 
-def best_rho(variances: Tensor, steps: int = 60) -> tuple[float, float]:
-    """The rho in [0, 1) with the smallest gap, and that gap in nats.
-
-    The sign of rho changes no eigenvalue (1.8), so only one side is searched: over a grid, which
-    is then refined around its best point until neighbouring values differ by less than 1e-9.
-    """
     low, high = 0.0, 1 - 1e-9
     while high - low > 1e-9:
         grid = torch.linspace(low, high, steps, dtype=torch.float64)
-        gaps = ar1_gap(variances, grid)
-        best = int(gaps.argmin())
+        best = int(price(grid).argmin())
         low, high = grid[max(best - 1, 0)].item(), grid[min(best + 1, steps - 1)].item()
     rho = (low + high) / 2
-    return rho, ar1_gap(variances, torch.tensor(rho, dtype=torch.float64)).item()
+    return rho, price(torch.tensor(rho, dtype=torch.float64)).item()

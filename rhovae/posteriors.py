@@ -95,6 +95,8 @@ class AR1Scaled(PosteriorHead):
 class AR1Stepped(PosteriorHead):
     """A variance for each latent variable and a correlation for each step: 3 latent - 1 numbers.
 
+    (3 for a single latent variable, as its one correlation is there and unused.)
+
     The general Gauss-Markov chain, i.e. every normal with a tridiagonal precision.
     """
 
@@ -124,7 +126,10 @@ class LowRank(PosteriorHead):
 
 
 class Full(PosteriorHead):
-    """Any covariance (L D)(L D)^T, L unit lower triangular, D diagonal: d (d + 3) / 2 numbers."""
+    """Any covariance (L D)(L D)^T, L unit lower triangular, D diagonal: d (d + 3) / 2 numbers.
+
+    (3 for d = 1, as its one entry below the diagonal is there and unused.)
+    """
 
     def __init__(self, features: int, latent: int):
         super().__init__(features, latent)

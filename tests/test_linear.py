@@ -8,12 +8,12 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from rhovae import ar1, load_images
 from rhovae.linear import (
-    ar1_gap,
+    ar1_shape,
     best_rho,
     data_spectrum,
-    isotropic_gap,
     posterior_variances,
     spectral_gap,
+    trained_gap,
 )
 
 
@@ -83,12 +83,71 @@ def test_properties_of_the_gap():
     assert abs(spectral_gap(3 * variances.flip(0), variances)) < 1e-12
     torch.testing.assert_close(spectral_gap(variances, torch.ones(7)), spectral_gap(
         variances[torch.randperm(7)], torch.full((7,), 5.0)))  # fmt: skip
-    torch.testing.assert_close(ar1_gap(variances, torch.zeros(1)), isotropic_gap(variances)[None])
     rhos = torch.linspace(-0.9, 0.9, 7)
-    torch.testing.assert_close(ar1_gap(variances, rhos), ar1_gap(variances, -rhos))
+    torch.testing.assert_close(ar1_shape(rhos, 7), ar1_shape(-rhos, 7))
+    torch.testing.assert_close(ar1_shape(torch.zeros(2), 7), torch.ones(2, 7))
     ratio = torch.ones(7) / variances
     arithmetic, geometric = ratio.mean(), ratio.log().mean().exp()
-    torch.testing.assert_close(isotropic_gap(variances), 3.5 * (arithmetic / geometric).log())
+    isotropic = spectral_gap(torch.ones(7), variances)
+    torch.testing.assert_close(isotropic, 3.5 * (arithmetic / geometric).log())
+    for shape in (torch.ones(7), *ar1_shape(rhos, 7)):
+        assert 0 <= trained_gap(shape, variances) <= spectral_gap(shape, variances)
+    nearly = variances.mean() * (1 + 1e-3 * torch.randn(7))
+    half = trained_gap(torch.ones(7), nearly) / spectral_gap(torch.ones(7), nearly)
+    torch.testing.assert_close(half, torch.tensor(0.5), rtol=1e-2, atol=0)
+
+
+def linear_vae_loss(spectrum, w, v, log_noise, covariance):
+    """-ELBO of a linear VAE on data of diagonal covariance, all expectations in closed form."""
+    noise, pixels, latent = log_noise.exp(), len(spectrum), len(covariance)
+    left = torch.eye(pixels) - w @ v
+    squares = (left.square() * spectrum).sum() + (w @ covariance @ w.T).trace()
+    kl = (v.square() * spectrum).sum() + covariance.trace() - latent - covariance.logdet()
+    return (pixels * torch.log(2 * math.pi * noise) + squares / noise + kl) / 2
+
+
+def test_the_loss_of_the_linear_vae_is_its_monte_carlo_mean():
+    spectrum, n = torch.tensor([3.0, 1.0, 0.5, 0.2]), 400_000
+    w, v = torch.randn(4, 2), 0.3 * torch.randn(2, 4)
+    factor = torch.tensor([[0.5, 0.0], [0.2, 0.4]])
+    x = spectrum.sqrt() * torch.randn(n, 4)
+    q = MultivariateNormal(x @ v.T, scale_tril=factor)
+    z = q.sample()
+    log_noise = torch.tensor(-0.5)
+    pixel = torch.distributions.Normal(z @ w.T, (log_noise / 2).exp())
+    prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    losses = q.log_prob(z) - prior.log_prob(z) - pixel.log_prob(x).sum(-1)
+    exact = linear_vae_loss(spectrum, w, v, log_noise, factor @ factor.T)
+    assert abs(losses.mean() - exact) < 5 * losses.std() / n**0.5
+
+
+@pytest.mark.parametrize("family", ["diagonal", "isotropic", "ar1"])
+def test_the_trained_gap_is_that_of_a_linear_vae_trained_by_gradients(family):
+    spectrum = torch.tensor([5.0, 2.5, 1.2, 0.7, 0.3, 0.2, 0.1, 0.06])
+    latent, noise = 3, spectrum[3:].mean()
+    evidence = 0.5 * (8 * math.log(2 * math.pi) + spectrum[:3].log().sum() + 5 * noise.log() + 8)
+    variances = posterior_variances(spectrum, latent)
+    rho, expected = {
+        "diagonal": lambda: (None, 0.0),
+        "isotropic": lambda: (None, trained_gap(torch.ones(3), variances).item()),
+        "ar1": lambda: best_rho(variances, trained_gap),
+    }[family]()
+    found = []
+    for _ in range(4):
+        w, v = torch.randn(8, latent).requires_grad_(), torch.randn(latent, 8).requires_grad_()
+        log_noise, fisher_z = torch.zeros(()).requires_grad_(), torch.ones(1).requires_grad_()
+        log_variance = torch.zeros(latent if family == "diagonal" else 1).requires_grad_()
+
+        def loss(w=w, v=v, log_noise=log_noise, fisher_z=fisher_z, log_variance=log_variance):
+            correlation = ar1.correlation(fisher_z.tanh() if family == "ar1" else 0 * fisher_z, 3)
+            covariance = correlation * log_variance.exp().expand(latent).diag().sum(-1)
+            return linear_vae_loss(spectrum, w, v, log_noise, covariance)
+
+        value = minimise(loss, [w, v, log_noise, fisher_z, log_variance], steps=3000)
+        found.append((value - evidence.item(), fisher_z.tanh().abs().item()))
+    value, found_rho = min(found)
+    assert abs(value - expected) < 1e-6
+    assert rho is None or abs(found_rho - rho) < 1e-3
 
 
 def test_best_rho_finds_the_rho_that_made_a_spectrum():

@@ -136,6 +136,34 @@ def test_the_chains_contain_the_diagonal_and_the_ar1_posterior(name):
     torch.testing.assert_close(drawn, ar1(h).rsample())
 
 
+def test_the_other_containments():
+    """Isotropic in AR(1), AR(1)-scaled in stepped, diagonal in low-rank and in full."""
+    features, h = 4, torch.randn(3, 4)
+    heads = {name: head(features, 6) for name, head in POSTERIORS.items()}
+    for larger, smaller, layers, silent in (
+        ("ar1", "isotropic", ("loc", "log_variance"), "fisher_z"),
+        ("ar1-stepped", "ar1-scaled", ("loc", "log_variance", "fisher_z"), None),
+        ("low-rank", "diagonal", ("loc", "log_variance"), "factor"),
+        ("full", "diagonal", ("loc", "log_variance"), "below"),
+    ):
+        take(heads[larger], heads[smaller], *layers)
+        for parameter in getattr(heads[larger], silent).parameters() if silent else ():
+            parameter.data.zero_()
+        same_normal(heads[larger](h), heads[smaller](h))
+
+
+def test_every_tridiagonal_precision_is_a_stepped_chain():
+    below = torch.randn(7)
+    precision = torch.diag(below, -1) + torch.diag(below, 1)
+    precision += torch.diag(precision.abs().sum(-1) + torch.rand(8))
+    covariance = torch.linalg.inv(precision)
+    scale = covariance.diagonal().sqrt()
+    rho = covariance.diagonal(1) / scale[1:] / scale[:-1]
+    q = AR1Normal(torch.zeros(8), scale, rho=rho)
+    torch.testing.assert_close(q.covariance_matrix, covariance)
+    torch.testing.assert_close(q.precision_matrix, precision)
+
+
 @pytest.mark.parametrize("name", POSTERIORS)
 def test_every_family_is_the_dense_normal_of_its_moments(name):
     """Density, entropy and KL to the prior by dense algebra; mean and covariance by its draws."""
