@@ -37,16 +37,17 @@ def control() -> list[Experiment]:
 
 
 def convolutional(epochs: int = 5) -> list[Experiment]:
-    """Notebook 06: the networks of the paper's Figures 3, 4 and 5, published and corrected.
+    """Notebook 06: networks of the paper's Figures 3 and 4, published and corrected.
 
     The paper trains for 15 epochs. Where a CPU takes minutes for one, the committed runs have
-    fewer; with more of them asked for, training goes on from the checkpoints.
+    fewer; with more of them asked for, training goes on from the checkpoints. The network of
+    Figure 5 (dcgan) is not among them: with a log-variance that nothing bounds, training diverges
+    in its first steps at the paper's learning rate. (Its code keeps the scale between 0.01 and 1.)
 
     Args:
-        epochs: of cnn and dcgan.
+        epochs: of cnn.
     """
-    networks = {"beta_cnn": dict(epochs=15, image_size=64), "cnn": dict(epochs=epochs),
-                "dcgan": dict(epochs=epochs)}  # fmt: skip
+    networks = {"beta_cnn": dict(epochs=15, image_size=64), "cnn": dict(epochs=epochs)}
     return [
         Experiment(dataset=dataset, source="full", architecture=network, posterior=posterior,
                    latent=10, initialisation="xavier", iwae_samples=100, iwae_images=500,

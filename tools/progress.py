@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/full"))
     parser.add_argument("--results", type=Path, help="if they are not in the folder of the runs")
-    parser.add_argument("--epochs", type=int, default=5, help="of cnn and dcgan")
+    parser.add_argument("--epochs", type=int, default=5, help="of cnn")
     arguments = parser.parse_args()
     grids = {name: grid() for name, grid in GRIDS.items() if name != "smoke"}
     grids["convolutional"] = convolutional(arguments.epochs)
