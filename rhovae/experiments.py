@@ -57,6 +57,8 @@ class Experiment:
         epochs, batch_size, learning_rate: of Adam.
         seed: of initial weights, order of images and posterior draws.
         initialisation: "torch" (PyTorch's own) or "xavier" (uniform, no bias; the paper's script).
+        head_scale: factor on the initial weights of the posterior head. With 0.01 all posteriors
+            start near the prior, without which dcgan diverges in its first steps.
         image_size: height and width to which images are resized; 0 leaves them as they are.
         beta: weight of the KL, with objective "beta-elbo".
         alpha, lambda_, kernel: of InfoVAE and its MMD ("rbf" or "imq"), with objective "info-vae".
@@ -76,6 +78,7 @@ class Experiment:
     learning_rate: float = 1e-3
     seed: int = 0
     initialisation: str = "torch"
+    head_scale: float = 1.0
     image_size: int = 0
     beta: float = 1.0
     alpha: float = 0.0
@@ -120,8 +123,9 @@ class Experiment:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer of at least 0.")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate is {self.learning_rate!r}; it must be positive.")
+        for name in ("learning_rate", "head_scale"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be positive.")
 
     @property
     def name(self) -> str:
@@ -160,6 +164,8 @@ def build_vae(experiment: Experiment, image_shape: tuple[int, ...]) -> VAE:
     vae = VAE(bodies.encoder, head, bodies.decoder)
     if experiment.initialisation == "xavier":
         vae.apply(_xavier_uniform)
+    for parameter in head.parameters():
+        parameter.data.mul_(experiment.head_scale)
     return vae.float()
 
 

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from rhovae import Experiment, run_experiment, training
+from rhovae import Experiment, load_images, run_experiment, training
 from rhovae.checkpoint import read_checkpoint
 from rhovae.data import to_unit_interval
 from rhovae.evaluation import latent_statistics
@@ -498,6 +498,31 @@ def test_a_larger_beta_buys_a_smaller_kl_by_reconstruction(dataset, posterior):
     assert kls == sorted(kls, reverse=True) and kls[-1] < 0.8 * kls[0]
     reconstructions = [test["reconstruction"] for test in tests]
     assert reconstructions == sorted(reconstructions)
+
+
+def test_a_small_head_starts_near_the_prior_and_keeps_dcgan_from_diverging():
+    """With heads as they come, the KL of the first steps passes a million nats."""
+    x = to_unit_interval(load_images("fashion-mnist")[:640])
+    kls = {}
+    for scale in (1.0, 0.01):
+        experiment = Experiment(
+            "fashion-mnist", architecture="dcgan", latent=10, initialisation="xavier",
+            head_scale=scale,
+        )  # fmt: skip
+        vae = build_vae(experiment, (1, 28, 28))
+        plain = build_vae(dataclasses.replace(experiment, head_scale=1.0), (1, 28, 28))
+        for name, parameter in plain.named_parameters():
+            factor = scale if name.startswith("posterior.") else 1.0
+            torch.testing.assert_close(vae.get_parameter(name), factor * parameter)
+        optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+        kls[scale] = []
+        for batch in x.split(128):
+            terms = negative_elbo(*vae(batch), batch)
+            optimizer.zero_grad()
+            terms.loss.mean().backward()
+            optimizer.step()
+            kls[scale].append(terms.kl.mean().item())
+    assert max(kls[0.01]) < 1e3 < 1e5 < max(kls[1.0])
 
 
 def test_images_are_resized_for_a_network_that_needs_it(images):
