@@ -41,9 +41,9 @@ def convolutional(epochs: int = 5) -> list[Experiment]:
 
     The paper trains for 15 epochs. Where a CPU takes minutes for one, the committed runs have
     fewer; with more of them asked for, training goes on from the checkpoints. The network of
-    Figure 5 (dcgan) is not among them yet: with a log-variance that nothing bounds, training diverges
-    in its first steps at the paper's learning rate (whose code keeps the scale between 0.01 and 1).
-    It wants head_scale=0.01.
+    Figure 5 (dcgan) is not among them yet: with a log-variance that nothing bounds, training
+    diverges in its first steps at the paper's learning rate. (The released code keeps the scale
+    between 0.01 and 1.) It wants head_scale=0.01.
 
     Args:
         epochs: of cnn.
