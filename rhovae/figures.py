@@ -136,7 +136,8 @@ def sample_grids(
         columns, rows: of images; further ones are left out.
     """
     size = (3.4 * len(records), 0.43 * rows + 0.4)
-    figure, all_axes = plt.subplots(1, len(records), figsize=size, squeeze=False)
+    # Photographs compress badly, and small images gain nothing from more dots.
+    figure, all_axes = plt.subplots(1, len(records), figsize=size, squeeze=False, dpi=72)
     for axes, record in zip(all_axes[0], records, strict=True):
         pixels = decode_png(record["images"][picture])[: columns * rows]
         strips = [

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from rhovae.data import DATASETS, load_images, load_labels, to_unit_interval
+from rhovae.data import DATA_FOLDER, DATASETS, load_images, load_labels, to_unit_interval
 from rhovae.experiments import Experiment, build_vae
 from rhovae.quality import (
     FEATURES,
+    classifier_file,
     features,
     frechet_distance,
     load_classifier,
@@ -16,10 +18,7 @@ from rhovae.quality import (
     sample_quality,
 )
 
-
-@pytest.fixture(autouse=True)
-def float32():
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 def test_frechet_distance_is_the_formula_for_gaussians():
@@ -69,6 +68,14 @@ def test_loading_a_classifier_uses_up_no_random_numbers():
     before = torch.get_rng_state()
     load_classifier("mnist")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_readme_of_the_data_states_the_accuracies():
+    readme = (DATA_FOLDER / "README.md").read_text()
+    for dataset in DATASETS:
+        with safe_open(classifier_file(dataset), "pt") as file:
+            accuracy = float(file.metadata()["test_accuracy"])
+        assert f"{100 * accuracy:.2f} %" in readme
 
 
 def test_features_of_images_and_of_their_grey_values_agree():
