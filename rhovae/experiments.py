@@ -38,7 +38,7 @@ ALL_OBJECTIVES = OBJECTIVES | {"as-published": published_loss, "divided-kl": div
 OBJECTIVE_SETTINGS = {"beta-elbo": ("beta",), "info-vae": ("alpha", "lambda_", "kernel")}
 INITIALISATIONS = ("torch", "xavier")
 # What is judged after training: it does not decide what is trained.
-EVALUATION = ("iwae_samples", "iwae_images")
+EVALUATION = ("iwae_samples", "iwae_images", "pictures")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Experiment:
         beta: weight of the KL, with objective "beta-elbo".
         alpha, lambda_, kernel: of InfoVAE and its MMD ("rbf" or "imq"), with objective "info-vae".
         iwae_samples, iwae_images: draws per image and test images for the importance-weighted NLL.
+        pictures: whether the record holds pictures, a latent map and the scores of samples, as
+            against 4 kB of numbers.
     Raises:
         ValueError: an unknown name or a value out of range.
     """
@@ -86,6 +88,7 @@ class Experiment:
     kernel: str = "rbf"
     iwae_samples: int = 500
     iwae_images: int = 2000
+    pictures: bool = True
 
     def __post_init__(self):
         require_known("posterior", self.posterior, ALL_POSTERIORS)
@@ -123,6 +126,8 @@ class Experiment:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer of at least 0.")
+        if not isinstance(self.pictures, bool):
+            raise ValueError(f"pictures is {self.pictures!r}; it must be true or false.")
         for name in ("learning_rate", "head_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be positive.")
@@ -252,7 +257,6 @@ def run_experiment(
 def _judge(experiment: Experiment, vae: VAE, train: Tensor, test: Tensor, root) -> dict:
     """The parts of a record that say how good the trained model is."""
     named = experiment.source != "own"
-    labels = load_labels(experiment.dataset, "test", experiment.source, root) if named else None
     judged = test[: experiment.iwae_images]
     stream = functools.partial(set_seed, experiment.seed)  # each part has random numbers of its own
     stream(3)
@@ -264,14 +268,15 @@ def _judge(experiment: Experiment, vae: VAE, train: Tensor, test: Tensor, root) 
         "samples": experiment.iwae_samples,
         "images": len(judged),
     }
-    stream(4)
-    images = pictures(vae, test)
     stream(5)
-    latent = latent_statistics(vae, test)
-    stream(6)
-    quality = sample_quality(experiment.dataset, vae, test, train) if named else None
-    parts = {"iwae": iwae, "latent": latent, "quality": quality, "images": images}
-    parts["map"] = latent_map(vae, test, labels)
+    parts = {"iwae": iwae, "latent": latent_statistics(vae, test)}
+    if experiment.pictures:
+        labels = load_labels(experiment.dataset, "test", experiment.source, root) if named else None
+        stream(6)
+        parts["quality"] = sample_quality(experiment.dataset, vae, test, train) if named else None
+        stream(4)
+        parts["images"] = pictures(vae, test)
+        parts["map"] = latent_map(vae, test, labels)
     if experiment.posterior in PUBLISHED_POSTERIORS:
         parts["published"] = decompose(vae, test, experiment.batch_size)
     return parts
