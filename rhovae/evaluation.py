@@ -1,4 +1,4 @@
-"""How good a trained VAE is: the parts of the test -ELBO, and the importance-weighted NLL."""
+"""How good a trained VAE is: -ELBO and its parts, importance-weighted NLL, and inference gaps."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 
 from .data import to_unit_interval
-from .objectives import Terms, importance_weighted_nll, rbf_kernel, squared_mmd
+from .objectives import (
+    Terms,
+    bernoulli_nll,
+    importance_weighted_nll,
+    rbf_kernel,
+    squared_mmd,
+    standard_normal_like,
+)
+from .posteriors import POSTERIORS
 from .vae import VAE
 
 
@@ -70,6 +78,94 @@ def iwae_nll(vae: VAE, images: Tensor, samples: int = 500, batch_size: int = 100
     batches = (to_unit_interval(batch) for batch in images.split(batch_size))
     sums = [importance_weighted_nll(vae, x, samples).cpu().double().sum() for x in batches]
     return (torch.stack(sums).sum() / len(images)).item()
+
+
+def inference_gaps(
+    vae: VAE,
+    images: Tensor,
+    *,
+    steps: int = 500,
+    learning_rate: float = 0.03,
+    samples: int = 4,
+    judged: int = 1000,
+) -> dict[str, dict[str, float]]:
+    """What the encoder costs and what each family costs, for a given decoder.
+
+    min_q E_q[-log p(x|z)] + KL(q || N(0, I)) for each image by itself, q in the family, without
+    an encoder. Above -log p(x) it is what the family costs; the encoder's -ELBO above it is what
+    amortisation costs (Cremer, Li and Duvenaud 2018, Sec. 3). All families start from the means
+    and variances that the encoder gives, without correlations.
+
+    Args:
+        vae: the model, on the device of the images; left in evaluation mode, not changed.
+        images: uint8, (n, channels, height, width); held at once, `samples` times.
+        steps, learning_rate: of Adam; the rate falls to zero along a cosine.
+        samples: draws per image and step, from torch's global generator.
+        judged: fresh draws per image for the results.
+    Returns:
+        "encoder" and the names in POSTERIORS -> means in nats per image: negative_elbo,
+        reconstruction, kl, and the importance-weighted nll with this posterior as proposal. All
+        of these nll bound -log p(x) from above in the mean, so the lowest is the best estimate.
+    """
+    vae.eval()
+    x = to_unit_interval(images)
+    with torch.no_grad():
+        encoded = vae.encode(x)
+        found = {"encoder": _judge_posterior(vae, encoded, x, judged)}
+    for family, head in POSTERIORS.items():
+        q = _optimised(vae, encoded, head, x, steps, learning_rate, samples)
+        found[family] = _judge_posterior(vae, q, x, judged)
+    return found
+
+
+def _optimised(vae, encoded, head, x, steps, learning_rate, samples) -> Distribution:
+    """The best posterior of a family for each image, by stochastic gradients."""
+    # Without biases, a head returns for the rows of an identity matrix its columns of weights:
+    # the numbers of each image's posterior are parameters of their own.
+    head, identity = head(len(x), encoded.event_shape[-1]).to(x), torch.eye(len(x)).to(x)
+    layers = dict(head.named_children())
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.bias.zero_()
+            layer.weight.mul_(0.01)  # nearly no correlation, but a slope to leave it by
+        log_variance = encoded.variance.log()
+        if layers["log_variance"].out_features == 1:
+            log_variance = log_variance.mean(-1, keepdim=True)
+        layers["log_variance"].weight.copy_(log_variance.T)
+        layers["loc"].weight.copy_(encoded.mean.T)
+    weights = [layer.weight for layer in layers.values()]
+    optimizer = torch.optim.Adam(weights, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        q = head(identity)
+        reconstruction = _reconstruction(vae, q, x, samples)
+        loss = (reconstruction + kl_divergence(q, standard_normal_like(q.mean))).sum()
+        # With respect to these alone: of the decoder no gradient is needed. (A single latent
+        # variable has no correlation for its weight to act on.)
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients):
+            weight.grad = gradient
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return head(identity)
+
+
+def _reconstruction(vae, q, x, samples: int) -> Tensor:
+    """E_q[-log p(x|z)] by the given number of draws, nats, shape (batch,)."""
+    z = q.rsample((samples,))
+    logits = vae.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    return bernoulli_nll(logits, x).mean(0)
+
+
+@torch.no_grad()
+def _judge_posterior(vae, q, x, samples: int) -> dict[str, float]:
+    rounds = [_reconstruction(vae, q, x, 1) for _ in range(samples)]
+    reconstruction = torch.stack(rounds).double().mean().item()
+    kl = kl_divergence(q, standard_normal_like(q.mean)).double().mean().item()
+    nll = importance_weighted_nll(vae, x, samples, q=q).double().mean().item()
+    parts = {"reconstruction": reconstruction, "kl": kl, "nll": nll}
+    return {"negative_elbo": reconstruction + kl, **parts}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from .data import (
     load_labels,
     require_known,
 )
-from .evaluation import evaluate, iwae_nll, latent_statistics
+from .evaluation import evaluate, inference_gaps, iwae_nll, latent_statistics
 from .networks import NETWORKS
 from .objectives import KERNELS, OBJECTIVES, Terms, negative_elbo
 from .pictures import latent_map, pictures
@@ -38,7 +38,7 @@ ALL_OBJECTIVES = OBJECTIVES | {"as-published": published_loss, "divided-kl": div
 OBJECTIVE_SETTINGS = {"beta-elbo": ("beta",), "info-vae": ("alpha", "lambda_", "kernel")}
 INITIALISATIONS = ("torch", "xavier")
 # What is judged after training: it does not decide what is trained.
-EVALUATION = ("iwae_samples", "iwae_images", "pictures")
+EVALUATION = ("iwae_samples", "iwae_images", "gap_images", "pictures")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Experiment:
         beta: weight of the KL, with objective "beta-elbo".
         alpha, lambda_, kernel: of InfoVAE and its MMD ("rbf" or "imq"), with objective "info-vae".
         iwae_samples, iwae_images: draws per image and test images for the importance-weighted NLL.
+        gap_images: test images for which every family's best posterior is found without an encoder
+            (see `inference_gaps`; minutes for 500); 0 for none.
         pictures: whether the record holds pictures, a latent map and the scores of samples, as
             against 4 kB of numbers.
     Raises:
@@ -88,6 +90,7 @@ class Experiment:
     kernel: str = "rbf"
     iwae_samples: int = 500
     iwae_images: int = 2000
+    gap_images: int = 0
     pictures: bool = True
 
     def __post_init__(self):
@@ -118,8 +121,10 @@ class Experiment:
         for name in ("beta", "alpha", "lambda_"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0.")
-        if not isinstance(self.image_size, int) or self.image_size < 0:
-            raise ValueError(f"image_size is {self.image_size!r}; it must be an integer, or 0.")
+        for name in ("image_size", "gap_images"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 0.")
         for name in ("latent", "epochs", "batch_size", "iwae_samples", "iwae_images"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -270,6 +275,9 @@ def _judge(experiment: Experiment, vae: VAE, train: Tensor, test: Tensor, root) 
     }
     stream(5)
     parts = {"iwae": iwae, "latent": latent_statistics(vae, test)}
+    if experiment.gap_images:
+        stream(7)
+        parts["gaps"] = inference_gaps(vae, test[: experiment.gap_images])
     if experiment.pictures:
         labels = load_labels(experiment.dataset, "test", experiment.source, root) if named else None
         stream(6)

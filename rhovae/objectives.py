@@ -133,7 +133,11 @@ def squared_mmd(x: Tensor, y: Tensor, kernel: Callable[[Tensor, int], Tensor]) -
 
 
 def importance_weighted_nll(
-    vae: VAE, x: Tensor, samples: int = 500, max_pixels: int = 2**22
+    vae: VAE,
+    x: Tensor,
+    samples: int = 500,
+    max_pixels: int = 2**22,
+    q: Distribution | None = None,
 ) -> Tensor:
     """-log of the importance-weighted estimate of p(x); an upper bound on -log p(x) in the mean.
 
@@ -147,12 +151,13 @@ def importance_weighted_nll(
         x: images in [0, 1], (batch, *image_shape).
         samples: K, draws per image.
         max_pixels: upper limit on the decoded pixels held at once.
+        q: what z is drawn from, batch shape (batch,); the encoder's posterior if None.
     Returns:
         Nats per image, shape (batch,).
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; the bound needs at least 1 draw per image.")
-    q = vae.encode(x)
+    q = vae.encode(x) if q is None else q
     prior = standard_normal_like(q.mean)
     chunk = max(1, max_pixels // max(1, x.numel()))
     log_sum = torch.full(x.shape[:1], -math.inf, device=x.device, dtype=x.dtype)

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 SCHEMA = 1
 REQUIRED = ("schema", "experiment", "history", "test", "iwae", "latent", "parameters", "data",
-            "environment", "wall_time_s", "images")  # fmt: skip
+            "environment", "wall_time_s")  # fmt: skip
 
 
 def save_record(record: dict, folder: str | Path) -> Path:

@@ -421,6 +421,8 @@ def test_a_record_with_nan_is_not_written(images, tmp_path):
         (dict(beta=4.0), "beta has no effect with objective 'elbo'; choose objective='beta-elbo'"),
         (dict(objective="beta-elbo", beta=-1.0), "beta is -1.0; it must be at least 0"),
         (dict(image_size=-2), "image_size is -2"),
+        (dict(gap_images=-1), "gap_images is -1"),
+        (dict(pictures="no"), "pictures is 'no'; it must be true or false"),
         (dict(latent=0), "latent is 0; it must be an integer of at least 1"),
         (dict(latent=2.5), "latent is 2.5; it must be an integer"),
         (dict(epochs=-1), "epochs is -1"),

@@ -1,13 +1,16 @@
 """Posterior heads, networks, the VAE and its objectives."""
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Independent, Laplace, MultivariateNormal, Normal, kl_divergence
 
 from rhovae import POSTERIORS, VAE, AR1Normal
-from rhovae.evaluation import evaluate, iwae_nll
+from rhovae.evaluation import evaluate, inference_gaps, iwae_nll
 from rhovae.experiments import ALL_POSTERIORS, Experiment, build_vae
 from rhovae.networks import NETWORKS
 from rhovae.objectives import (
@@ -350,3 +353,68 @@ def test_mmd_is_its_definition():
     torch.testing.assert_close(squared_mmd(x, y, KERNELS["rbf"]), expected)
     with pytest.raises(ValueError, match="at least 2 draws on each side, but there are 1 and 4"):
         squared_mmd(x[:1], y, KERNELS["rbf"])
+
+
+def best_by_quadrature(vae, x):
+    """min over mean and variance of -ELBO with one latent variable, and -log p(x): no draws."""
+    nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(60))
+    weights = weights / weights.sum()
+    numbers = torch.zeros(2, len(x), 1).to(x).requires_grad_()
+
+    def negative_elbo_each():
+        q = Normal(numbers[0], (0.5 * numbers[1]).exp())
+        logits = vae.decoder((q.mean + q.stddev * nodes).reshape(-1, 1)).unflatten(0, (len(x), -1))
+        reconstruction = bernoulli_nll(logits.transpose(0, 1), x).T @ weights
+        return reconstruction + kl_divergence(q, Normal(0.0, 1.0)).squeeze(-1)
+
+    optimizer = torch.optim.LBFGS([numbers], max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = negative_elbo_each().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    grid = torch.linspace(-8, 8, 2001).to(x).unsqueeze(-1)
+    logits = vae.decoder(grid).unsqueeze(1).expand(-1, len(x), *x.shape[1:])
+    prior = Normal(0.0, 1.0).log_prob(grid) + math.log(16 / 2000)
+    nll = -(prior - bernoulli_nll(logits, x)).logsumexp(0)
+    return negative_elbo_each().mean().item(), nll.mean().item()
+
+
+def test_inference_gaps_find_the_best_posterior_of_each_image(float32):
+    """One latent variable, against quadrature; every family is then the same."""
+    torch.manual_seed(3)
+    vae = small_vae("diagonal", 1)
+    with torch.no_grad():
+        vae.decoder[0].weight.mul_(4)  # images that say something about z
+    images = torch.randint(0, 256, (6, *SHAPE), dtype=torch.uint8)
+    best, nll = best_by_quadrature(copy.deepcopy(vae).double(), images.double() / 255)
+    gaps = inference_gaps(vae, images, samples=16, judged=4000)
+    assert list(gaps) == ["encoder", *POSTERIORS]
+    assert gaps["encoder"]["negative_elbo"] > best + 0.2 and nll < best - 0.001
+    for name in POSTERIORS:
+        assert gaps[name]["negative_elbo"] == pytest.approx(best, abs=0.02), name
+        assert gaps[name]["nll"] == pytest.approx(nll, abs=0.02), name
+        parts = gaps[name]["reconstruction"] + gaps[name]["kl"]
+        assert parts == pytest.approx(gaps[name]["negative_elbo"])
+
+
+def test_inference_gaps_see_a_correlation_that_the_decoder_asks_for(float32):
+    """A decoder of the sum of two variables: their posterior is correlated, and variances alike."""
+    torch.manual_seed(0)
+    vae = small_vae("diagonal", 2)
+    decoder = nn.Linear(2, math.prod(SHAPE))
+    with torch.no_grad():
+        decoder.weight.copy_(torch.linspace(-1, 1, 30).unsqueeze(-1).expand(-1, 2))
+    vae.decoder = nn.Sequential(decoder, nn.Unflatten(-1, SHAPE))
+    before = [p.clone() for p in vae.parameters()]
+    images = torch.randint(0, 256, (5, *SHAPE), dtype=torch.uint8)
+    gaps = {name: g["negative_elbo"] for name, g in inference_gaps(vae, images).items()}
+    for name in ("ar1", "ar1-scaled", "ar1-stepped", "low-rank", "full"):
+        assert gaps[name] < gaps["diagonal"] - 0.15, name
+        assert gaps[name] == pytest.approx(gaps["full"], abs=0.02), name
+    assert gaps["isotropic"] == pytest.approx(gaps["diagonal"], abs=0.02)
+    assert all(map(torch.equal, before, vae.parameters()))
+    assert all(p.grad is None for p in vae.parameters())

@@ -64,11 +64,21 @@ def convolutional(epochs: int = 5) -> list[Experiment]:
 
 def families() -> list[Experiment]:
     """Notebook 07: every family of posteriors in one network, by latent dimension and seed."""
-    sizes = [(seed, latent) for latent in (5, 20) for seed in SEEDS]
+    sizes = [*product(SEEDS, (5, 20)), *product(SEEDS[:3], (10, 50))]
     return [
         Experiment(dataset=dataset, source="full", posterior=posterior, latent=latent, seed=seed,
                    pictures=False)
         for (seed, latent), dataset, posterior in product(sizes, SETS, POSTERIORS)
+    ]  # fmt: skip
+
+
+def gaps() -> list[Experiment]:
+    """Notebook 07: what the encoder and what each family costs, for decoders of three families."""
+    decoders = ("diagonal", "ar1", "full")
+    return [
+        Experiment(dataset=dataset, source="full", posterior=posterior, latent=20, seed=seed,
+                   gap_images=500, pictures=False)
+        for seed, dataset, posterior in product(SEEDS[:3], SETS, decoders)
     ]  # fmt: skip
 
 
@@ -97,6 +107,7 @@ GRIDS = {
     "control": control,
     "convolutional": convolutional,
     "families": families,
+    "gaps": gaps,
     "rows": rows,
     "smoke": smoke,
 }
