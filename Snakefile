@@ -44,7 +44,7 @@ def records(*grids):
     return [f"{RESULTS}/{grid}/{name}.json" for grid in grids for name in EXPERIMENTS.get(grid, ())]
 
 
-NUMBERS = ["1", "2_mnist", "2_fashion-mnist"] + ["3", "4"] * ("convolutional" in CHOSEN)
+NUMBERS = ["1", "2_mnist", "2_fashion-mnist"] + ["3", "4", "5"] * ("convolutional" in CHOSEN)
 PAPER_FIGURES = [f"{FIGURES}/06_figure_{number}_full.svg" for number in NUMBERS]
 ALL = records(*CHOSEN)
 ALL += PAPER_FIGURES if "audit" in CHOSEN else []

@@ -143,7 +143,7 @@ def _optimised(vae, encoded, head, x, steps, learning_rate, samples) -> Distribu
         # With respect to these alone: of the decoder no gradient is needed. (A single latent
         # variable has no correlation for its weight to act on.)
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-        for weight, gradient in zip(weights, gradients):
+        for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         optimizer.step()
         schedule.step()
