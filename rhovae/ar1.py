@@ -101,16 +101,68 @@ def scan(innovations: Tensor, rho: Tensor) -> Tensor:
     Returns:
         x, shape (*batch, latent).
     """
-    latent = innovations.shape[-1]
-    _check_rho_shape(rho, latent)
+    _check_rho_shape(rho, innovations.shape[-1])
+    # A compiler derives the backward pass of the plain operations, and fuses it, by itself.
+    run = _scan if torch.compiler.is_compiling() else _Scan.apply
+    return run(innovations, rho, False)
+
+
+def _scan(innovations: Tensor, rho: Tensor, transposed: bool) -> Tensor:
+    """P u, or P^T u: one round of (3.4) for each power of two."""
+    latent, shared = innovations.shape[-1], rho.shape[-1] == 1
     batch = torch.broadcast_shapes(innovations.shape[:-1], rho.shape[:-1])
     x, power, shift = innovations.expand(*batch, latent), rho, 1
-    shared = rho.shape[-1] == 1
     while shift < latent:
-        x = torch.cat((x[..., :shift], x[..., shift:] + power * x[..., :-shift]), dim=-1)
+        early, late = x[..., :-shift], x[..., shift:]
+        if transposed:
+            x = torch.cat((torch.addcmul(early, power, late), x[..., -shift:]), -1)
+        else:
+            x = torch.cat((x[..., :shift], torch.addcmul(late, power, early)), -1)
         power = power * power if shared else power[..., shift:] * power[..., :-shift]
         shift *= 2
-    return x
+    return x if latent > 1 else x.clone()
+
+
+class _Scan(torch.autograd.Function):
+    """x = P u, or P^T u where it is transposed, with derivatives that are scans themselves.
+
+    u' = P^T x',    rho'_j = u'_{j+1} x_j     (a prime: derivative with respect to)
+                                                                (3.5), (3.6), notebooks/03
+    The backward pass costs one scan the other way, whose derivative is a scan again. Of the
+    forward pass nothing is kept but rho and the result.
+    """
+
+    generate_vmap_rule = True
+
+    forward = staticmethod(_scan)
+
+    @staticmethod
+    def setup_context(ctx, inputs, x):
+        innovations, rho, ctx.transposed = inputs
+        ctx.shape = innovations.shape
+        ctx.save_for_backward(rho, x)
+        ctx.save_for_forward(rho, x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rho, x = ctx.saved_tensors
+        back = _Scan.apply(gradient, rho, not ctx.transposed)
+        later, earlier = (x, back) if ctx.transposed else (back, x)
+        steps = later[..., 1:] * earlier[..., :-1]
+        return back.sum_to_size(ctx.shape), _sum_shared(steps, rho), None
+
+    @staticmethod
+    def jvp(ctx, innovations, rho, _):
+        values, x = ctx.saved_tensors
+        moved = pad(rho * x[..., 1:], (0, 1)) if ctx.transposed else pad(rho * x[..., :-1], (1, 0))
+        return _Scan.apply(innovations + moved, values, ctx.transposed)
+
+
+def _sum_shared(steps: Tensor, rho: Tensor) -> Tensor:
+    """Derivatives by step -> those of rho: summed over what shares one of its entries."""
+    if rho.shape[-1] == 1:
+        steps = steps.sum(-1, keepdim=True)
+    return steps.sum_to_size(rho.shape)
 
 
 def correlate(noise: Tensor, rho: Tensor, innovation: Tensor | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Figures from result records, in one style. Nothing is computed here but means over seeds."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -7,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .records import by_posterior, curve, decode_png
+from .records import by_posterior, curve, decode_png, paired_difference, student_interval
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart: one per posterior, everywhere.
 COLORS = {
@@ -111,6 +112,52 @@ def as_published_and_true(
         bottom.set(title=f"{dataset}: true cost ({extent(everything)})")
     all_axes[0, 0].legend()
     all_axes[1, 0].legend()
+    return figure
+
+
+def paired_differences(
+    panels: dict[str, dict[str, list[dict]]],
+    quantities: dict[str, Callable[[dict], float]],
+    predicted: dict[tuple[str, str], float] | None = None,
+    columns: int = 2,
+) -> Figure:
+    """Each posterior minus the diagonal one, paired by seed, with Student's 95 % intervals.
+
+    Args:
+        panels: title -> posterior -> records, the diagonal one among them.
+        quantities: label -> value of a record, in nats.
+        predicted: (title, posterior) -> nats, drawn as a cross.
+        columns: panels in a row.
+    """
+    rows = -(-len(panels) // columns)
+    size = (4.6 * columns, 0.4 + 2.4 * rows)
+    figure, all_axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axes, (title, groups) in zip(all_axes.flat, panels.items(), strict=False):
+        names = [name for name in LABELS if name in groups and name != "diagonal"]
+        for place, name in enumerate(names):
+            color, line = COLORS[name], dict(capsize=2, lw=1.2, ms=5, mec="0.3", mew=0.5)
+            for k, value in enumerate(quantities.values()):
+                gaps = paired_difference(groups[name], groups["diagonal"], value)
+                low, high = student_interval(gaps)
+                half, y = (high - low) / 2, place + 0.25 * k
+                style = dict(fmt="os"[k], color=color, mfc=color if k == 0 else "white")
+                axes.errorbar(gaps.mean(), y, xerr=half, **style, **line)
+            if (title, name) in (predicted or {}):
+                axes.plot(predicted[title, name], place - 0.22, "kx", ms=6)
+        axes.axvline(0, color=COLORS["diagonal"])
+        axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        seeds = {len(group) for group in groups.values()}
+        axes.set_title(f"{title} ({min(seeds)} seeds)")
+    for axes in all_axes[-1]:
+        axes.set_xlabel("minus diagonal (nats)")
+    for axes in all_axes.flat[len(panels) :]:
+        axes.set_axis_off()
+    shown = [plt.Line2D([], [], marker="os"[k], ls="", color="0.3", mfc=("0.3", "white")[k])
+             for k in range(len(quantities))]  # fmt: skip
+    shown += [plt.Line2D([], [], marker="x", ls="", color="k")] * bool(predicted)
+    figure.legend(shown, [*quantities, "Theorem 2"][: len(shown)], loc="outside lower center",
+                  ncols=3)  # fmt: skip
     return figure
 
 

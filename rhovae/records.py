@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from scipy import stats
 
 SCHEMA = 1
 REQUIRED = ("schema", "experiment", "history", "test", "iwae", "latent", "parameters", "data",
@@ -142,6 +143,13 @@ def mean_and_standard_error(values) -> tuple[float, float]:
     values = np.asarray(list(values), dtype=float)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
+
+
+def student_interval(differences, level: float = 0.95) -> tuple[float, float]:
+    """Student's confidence interval for the mean of a few numbers, one per seed."""
+    mean, error = mean_and_standard_error(differences)
+    low, high = stats.t.interval(level, len(differences) - 1, mean, error)
+    return float(low), float(high)
 
 
 def by_posterior(records: list[dict]) -> dict[str, list[dict]]:

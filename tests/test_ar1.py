@@ -24,6 +24,8 @@ def batched(rho, latent):
     return rho * torch.linspace(-1, 1, 4 * (latent - 1)).reshape(4, 1, latent - 1)
 
 
+# torch's forward mode compiles its own rules by what torch itself calls deprecated.
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")
 CASES = pytest.mark.parametrize("make_rho", [shared, per_step, batched])
 
 
@@ -92,12 +94,62 @@ def test_batch_shapes_broadcast():
     assert ar1.correlate(torch.randn(0, 4), torch.rand(1)).shape == (0, 4)
 
 
+@FORWARD_MODE
 @pytest.mark.parametrize("function", [ar1.correlate, ar1.whiten, ar1.scan])
 def test_gradients(function):
-    for rho in (torch.tensor([[0.3], [-0.8]]), torch.rand(2, 4) - 0.5):
+    for rho in (torch.tensor([[0.3], [-0.8]]), torch.rand(2, 4) - 0.5, torch.rand(3, 1, 4) - 0.5):
         inputs = (torch.randn(2, 5, requires_grad=True), rho.requires_grad_())
-        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradcheck(
+            function, inputs, check_forward_ad=True, check_batched_grad=True
+        )
         assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_the_transposed_scan_is_the_scan_read_backwards():
+    for rho in (torch.tensor([0.7]), torch.rand(3, 4) - 0.5):
+        u = torch.randn(3, 5)
+        flipped = ar1.scan(u.flip(-1), rho.flip(-1)).flip(-1)
+        torch.testing.assert_close(ar1._Scan.apply(u, rho, True), flipped, **EXACT)
+
+
+def test_the_scan_keeps_nothing_but_its_result():
+    """What autograd holds for the backward pass does not grow with the number of rounds."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ar1.scan(torch.randn(2, 4096, requires_grad=True), torch.rand(2, 1, requires_grad=True))
+    assert sum(t.numel() for t in kept) == 2 * 4096 + 2
+
+
+@FORWARD_MODE
+def test_function_transforms():
+    noise, rho = torch.randn(7, 5), torch.rand(7, 1) - 0.5
+    for axes in ((0, 0), (None, 0), (0, None)):
+        inputs = [x if axis == 0 else x[0] for x, axis in zip((noise, rho), axes, strict=True)]
+        mapped = torch.func.vmap(ar1.correlate, axes)(*inputs)
+        torch.testing.assert_close(mapped, ar1.correlate(*inputs), **EXACT)
+
+    def loss(rho, noise):
+        return ar1.correlate(noise, rho).sin().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss))(rho, noise)
+    rho.requires_grad_()
+    torch.testing.assert_close(each, torch.autograd.grad(loss(rho, noise), rho)[0], **EXACT)
+    curvature = torch.func.hessian(loss)(rho[0].detach(), noise[0])
+    expected = torch.autograd.functional.hessian(lambda r: loss(r, noise[0]), rho[0].detach())
+    torch.testing.assert_close(curvature, expected, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_it_is_the_same():
+    compiled = torch.compile(ar1.correlate, fullgraph=True)
+    for rho in (torch.rand(3, 1) - 0.5, torch.rand(3, 6) - 0.5):
+        inputs = torch.randn(3, 7).requires_grad_(), rho.requires_grad_()
+        values, gradients = [], []
+        for function in (compiled, ar1.correlate):
+            values.append(function(*inputs))
+            gradients.append(torch.autograd.grad(values[-1].sin().sum(), inputs))
+        torch.testing.assert_close(*values, **EXACT)
+        torch.testing.assert_close(*gradients, **EXACT)
 
 
 @pytest.mark.parametrize("bad", [torch.tensor(0.5), torch.zeros(3), torch.zeros(2, 5)])
