@@ -330,7 +330,7 @@ def _kl_dense_independent(q: Distribution, p: Independent) -> Tensor:
 def _diagonal_parameters(distribution: Independent) -> tuple[Tensor, Tensor]:
     """loc and scale of a diagonal normal over one event dimension."""
     base = distribution.base_dist
-    if type(base) is not Normal or distribution.reinterpreted_batch_ndims != 1:
+    if not isinstance(base, Normal) or distribution.reinterpreted_batch_ndims != 1:
         raise NotImplementedError(
             "The KL divergence with AR1Normal is known for Independent(Normal(...), 1), but the "
             f"other distribution is {distribution}."
