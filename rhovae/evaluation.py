@@ -127,7 +127,7 @@ def _optimised(vae, encoded, head, x, steps, learning_rate, samples) -> Distribu
     with torch.no_grad():
         for layer in layers.values():
             layer.bias.zero_()
-            layer.weight.mul_(0.01)  # nearly no correlation, but a slope to leave it by
+            layer.weight.mul_(1e-2)  # nearly no correlation, but a slope to leave it by
         log_variance = encoded.variance.log()
         if layers["log_variance"].out_features == 1:
             log_variance = log_variance.mean(-1, keepdim=True)
