@@ -98,7 +98,8 @@ def as_published_and_true(
         published: (data set, posterior) -> epoch -> nats, from `records.published_curves`, or {}.
         factor: the normalisation under which the released code reports.
     """
-    figure, all_axes = plt.subplots(2, len(runs), figsize=(4.5 * len(runs), 6.6), sharex=True)
+    size = (4.5 * len(runs), 6.6)
+    figure, all_axes = plt.subplots(2, len(runs), figsize=size, sharex=True, dpi=90)
     for (top, bottom), (dataset, groups) in zip(all_axes.T, runs.items(), strict=True):
         for posterior in ("diagonal", "published-script"):
             loss_curves(top, groups.get(posterior, []), "loss", factor=factor)
@@ -201,8 +202,9 @@ def latent_maps(records: list[dict]) -> Figure:
     plane is that of the first two principal components of the means.
     """
     figure, all_axes = plt.subplots(
-        1, len(records), figsize=(3.5 * len(records), 3.6), squeeze=False, sharex=True, sharey=True
-    )
+        1, len(records), figsize=(3.5 * len(records), 3.6), squeeze=False, sharex=True,
+        sharey=True, dpi=72,
+    )  # fmt: skip
     for axes, record in zip(all_axes[0], records, strict=True):
         places = record["map"]
         known = places["labels"] is not None
