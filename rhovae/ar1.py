@@ -44,11 +44,7 @@ def innovation_scale_from_fisher_z(fisher_z: Tensor) -> Tensor:
     Returns:
         Same shape, in (0, 1]; 0 only where sech(a) underflows.
     """
-    # cosh overflows long before sech underflows, and |a| has no second derivative at 0.
-    decay = torch.exp(-fisher_z.abs())
-    large = 2 * decay / (1 + decay.square())
-    small = 1 / fisher_z.clamp(-1, 1).cosh()
-    return torch.where(fisher_z.abs() < 1, small, large)
+    return _sech(fisher_z)
 
 
 def log_one_minus_rho_squared(rho: Tensor) -> Tensor:
@@ -73,18 +69,59 @@ def log_one_minus_rho_squared_from_fisher_z(fisher_z: Tensor) -> Tensor:
     log sech(a)^2 = 2 (log 2 - |a| - log1p(exp(-2 |a|)))      for |a| >= 1
                   = -log1p(sinh(a)^2)                         for |a| <  1     (3.9), notebooks/03
 
-    The second form serves near a = 0, where the first subtracts nearly equal numbers and its
-    |a| has no second derivative.
+    The second form serves near a = 0, where the first subtracts nearly equal numbers.
 
     Args:
         fisher_z: Fisher's z of a correlation, a = atanh(rho), any shape.
     Returns:
         Same shape, at most 0; finite for every finite a.
     """
-    magnitude = fisher_z.abs()
+    return _log_sech_squared(fisher_z)
+
+
+def _with_derivative(value, derivative):
+    """A function of one tensor whose derivative is given: derivative(a, value(a)).
+
+    It is a few operations where autograd would record some twenty, and has all its derivatives at
+    0, where |a| has not.
+    """
+
+    class WithDerivative(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(a):
+            return value(a)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs, output)
+            ctx.save_for_forward(*inputs, output)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * derivative(*ctx.saved_tensors)
+
+        jvp = backward
+
+    # A compiler refuses what has a forward mode, and does not need it.
+    return lambda a: value(a) if torch.compiler.is_compiling() else WithDerivative.apply(a)
+
+
+def _sech_value(a):
+    decay = torch.exp(-a.abs())  # cosh overflows long before sech underflows
+    return 2 * decay / (1 + decay.square())
+
+
+def _log_sech_squared_value(a):
+    magnitude = a.abs()
     large = 2 * (math.log(2) - magnitude - torch.log1p(torch.exp(-2 * magnitude)))
-    small = -torch.log1p(fisher_z.clamp(-1, 1).sinh().square())
+    small = -torch.log1p(a.clamp(-1, 1).sinh().square())
     return torch.where(magnitude < 1, small, large)
+
+
+_sech = _with_derivative(_sech_value, lambda a, sech: -sech * a.tanh())
+_log_sech_squared = _with_derivative(_log_sech_squared_value, lambda a, _: -2 * a.tanh())
 
 
 def scan(innovations: Tensor, rho: Tensor) -> Tensor:
@@ -102,25 +139,13 @@ def scan(innovations: Tensor, rho: Tensor) -> Tensor:
         x, shape (*batch, latent).
     """
     _check_rho_shape(rho, innovations.shape[-1])
-    # A compiler derives the backward pass of the plain operations, and fuses it, by itself.
-    run = _scan if torch.compiler.is_compiling() else _Scan.apply
-    return run(innovations, rho, False)
+    return _differentiable_scan(innovations, rho)
 
 
-def _scan(innovations: Tensor, rho: Tensor, transposed: bool) -> Tensor:
-    """P u, or P^T u: one round of (3.4) for each power of two."""
-    latent, shared = innovations.shape[-1], rho.shape[-1] == 1
-    batch = torch.broadcast_shapes(innovations.shape[:-1], rho.shape[:-1])
-    x, power, shift = innovations.expand(*batch, latent), rho, 1
-    while shift < latent:
-        early, late = x[..., :-shift], x[..., shift:]
-        if transposed:
-            x = torch.cat((torch.addcmul(early, power, late), x[..., -shift:]), -1)
-        else:
-            x = torch.cat((x[..., :shift], torch.addcmul(late, power, early)), -1)
-        power = power * power if shared else power[..., shift:] * power[..., :-shift]
-        shift *= 2
-    return x if latent > 1 else x.clone()
+def _differentiable_scan(u: Tensor, rho: Tensor, transposed: bool = False) -> Tensor:
+    # A compiler refuses what has a forward mode.
+    function = _Scan if torch.compiler.is_compiling() else _ScanWithForwardMode
+    return function.apply(u, rho, transposed)
 
 
 class _Scan(torch.autograd.Function):
@@ -132,37 +157,74 @@ class _Scan(torch.autograd.Function):
     forward pass nothing is kept but rho and the result.
     """
 
-    generate_vmap_rule = True
-
-    forward = staticmethod(_scan)
+    @staticmethod
+    def forward(innovations, rho, transposed):
+        return _doubling(innovations, rho, transposed)
 
     @staticmethod
     def setup_context(ctx, inputs, x):
         innovations, rho, ctx.transposed = inputs
         ctx.shape = innovations.shape
         ctx.save_for_backward(rho, x)
-        ctx.save_for_forward(rho, x)
 
     @staticmethod
     def backward(ctx, gradient):
         rho, x = ctx.saved_tensors
-        back = _Scan.apply(gradient, rho, not ctx.transposed)
+        run = _differentiable_scan if torch.is_grad_enabled() else _doubling
+        back = run(gradient, rho, not ctx.transposed)
         later, earlier = (x, back) if ctx.transposed else (back, x)
         steps = later[..., 1:] * earlier[..., :-1]
-        return back.sum_to_size(ctx.shape), _sum_shared(steps, rho), None
+        return _sum_to(ctx.shape, back), _sum_to(rho.shape, steps), None
+
+    @staticmethod
+    def vmap(info, dims, innovations, rho, transposed):
+        # Batch dimensions broadcast anyway: put the mapped one before all others.
+        pairs = [(innovations, dims[0]), (rho, dims[1])]
+        inner = max(t.dim() - (dim is not None) for t, dim in pairs)
+        mapped = [
+            t if dim is None else t.movedim(dim, 0)[(slice(None), *[None] * (inner - t.dim() + 1))]
+            for t, dim in pairs
+        ]
+        return _differentiable_scan(*mapped, transposed), 0
+
+
+class _ScanWithForwardMode(_Scan):
+    """Beside the gradient, how x moves with u and rho: dx = P (du + drho S x), or P^T and S^T."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, x):
+        _Scan.setup_context(ctx, inputs, x)
+        ctx.save_for_forward(inputs[1], x)
 
     @staticmethod
     def jvp(ctx, innovations, rho, _):
         values, x = ctx.saved_tensors
-        moved = pad(rho * x[..., 1:], (0, 1)) if ctx.transposed else pad(rho * x[..., :-1], (1, 0))
-        return _Scan.apply(innovations + moved, values, ctx.transposed)
+        t = ctx.transposed
+        carried = pad(rho * (x[..., 1:] if t else x[..., :-1]), (0, 1) if t else (1, 0))
+        return _differentiable_scan(innovations + carried, values, t)
 
 
-def _sum_shared(steps: Tensor, rho: Tensor) -> Tensor:
-    """Derivatives by step -> those of rho: summed over what shares one of its entries."""
-    if rho.shape[-1] == 1:
-        steps = steps.sum(-1, keepdim=True)
-    return steps.sum_to_size(rho.shape)
+def _doubling(u: Tensor, rho: Tensor, transposed: bool = False) -> Tensor:
+    """The rounds (3.4) in place: the product is complete before anything is added to."""
+    latent, shared = u.shape[-1], rho.shape[-1] == 1
+    batch = u.shape[:-1]
+    if rho.shape[:-1] != batch:
+        batch = torch.broadcast_shapes(batch, rho.shape[:-1])
+    x, power, shift = u.expand(*batch, latent).clone(), rho, 1
+    while shift < latent:
+        early, late = x[..., :-shift], x[..., shift:]
+        if transposed:
+            early += power * late
+        else:
+            late += power * early
+        power = power * power if shared else power[..., shift:] * power[..., :-shift]
+        shift *= 2
+    return x
+
+
+def _sum_to(shape: torch.Size, gradient: Tensor) -> Tensor:
+    """Sum over what was broadcast, or shared along the chain."""
+    return gradient if gradient.shape == shape else gradient.sum_to_size(shape)
 
 
 def correlate(noise: Tensor, rho: Tensor, innovation: Tensor | None = None) -> Tensor:
