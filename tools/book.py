@@ -1,0 +1,133 @@
+"""Render README, notebooks and docstrings into a static site: python tools/book.py [--out FOLDER]
+
+Works without a network. Warnings are errors; so are broken links inside the site, missing
+pictures, and formulas that the site would show as raw TeX.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+import urllib.parse
+from html.parser import HTMLParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = (
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Snakefile",
+    "pyproject.toml",
+    "data/README.md",
+)
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg"  # would need the network
+CONTENTS = """
+
+```{{toctree}}
+:hidden:
+:caption: Notebooks
+
+{notebooks}
+```
+
+```{{toctree}}
+:hidden:
+:caption: Reference
+
+api
+data/README
+CONTRIBUTING
+```
+"""
+
+
+def assemble(source: Path) -> None:
+    """Lay out what the site is made of as it lies in the repository, so that links hold."""
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
+    for name in COPIED:
+        (source / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    for folder in ("notebooks", "figures"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns(".*"))
+    for path in (ROOT / "docs").iterdir():
+        shutil.copy(path, source / path.name)
+    for path in (source / "notebooks").glob("*.ipynb"):
+        path.write_text(path.read_text().replace(BADGE, "../colab.svg"))
+    names = sorted(path.stem for path in (source / "notebooks").glob("*.ipynb"))
+    contents = CONTENTS.format(notebooks="\n".join(f"notebooks/{name}" for name in names))
+    readme = (ROOT / "README.md").read_text().replace("](rhovae)", "](api.md)")
+    (source / "index.md").write_text(readme + contents)
+
+
+class Page(HTMLParser):
+    """What a built page points to, what can be pointed to, and its text outside of code."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.links, self.anchors, self.text, self._quiet = [], set(), [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors |= {attributes[key] for key in ("id", "name") if key in attributes}
+        self.links += [attributes[key] for key in ("href", "src") if attributes.get(key)]
+        if tag in ("script", "style", "pre", "code", "title") or (
+            tag in ("span", "div") and "math" in (attributes.get("class") or "").split()
+        ):
+            self._quiet.append(tag)
+        elif self._quiet and tag == self._quiet[-1]:
+            self._quiet.append(tag)
+
+    def handle_endtag(self, tag):
+        if self._quiet and tag == self._quiet[-1]:
+            self._quiet.pop()
+
+    def handle_data(self, data):
+        if not self._quiet:
+            self.text.append(data)
+
+
+def problems(site: Path) -> list[str]:
+    """Broken links inside the site, missing files, and raw TeX on its pages."""
+    pages = {path: Page(path) for path in site.rglob("*.html") if "_static" not in path.parts}
+    found = []
+    for path, page in pages.items():
+        for link in page.links:
+            target, _, anchor = urllib.parse.unquote(link).partition("#")
+            if re.match(r"[a-z][a-z+.-]*:", target) or target.startswith("//"):
+                if re.search(r"\.(js|css|woff2?|svg|png)$", target):
+                    found.append(f"{path.relative_to(site)} needs the network for {target}")
+                continue
+            there = (path.parent / target.partition("?")[0]).resolve() if target else path
+            there = there / "index.html" if there.is_dir() else there
+            if not there.is_file():
+                found.append(f"{path.relative_to(site)} points to {link}, which is not there")
+            elif anchor and there in pages and anchor not in pages[there].anchors:
+                found.append(f"{path.relative_to(site)} points to {link}; no such place")
+        for raw in re.findall(
+            r"\$[^$\n]*\\[a-zA-Z]+|\\(?:frac|mathcal|begin|rho)\b", " ".join(page.text)
+        ):
+            found.append(f"{path.relative_to(site)} shows raw TeX: {raw[:60]}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "book")
+    out = parser.parse_args().out.resolve()
+    from sphinx.cmd.build import build_main  # here, so that the rest needs no Sphinx
+
+    source, site = out / "source", out / "site"
+    assemble(source)
+    shutil.rmtree(site, ignore_errors=True)
+    if build_main(["-q", "-W", "--keep-going", "-b", "html", str(source), str(site)]):
+        sys.exit("The book has warnings; see above.")
+    if found := problems(site):
+        sys.exit("\n".join(found))
+    print(f"The book is in {site / 'index.html'}: {len(list(site.rglob('*.html')))} pages.")
+
+
+if __name__ == "__main__":
+    main()
