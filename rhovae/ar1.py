@@ -10,11 +10,12 @@ and a tridiagonal inverse. The equation numbers are those of notebooks 01 to 03.
 Shapes. `latent` is the length d of the chain. Every `rho` has shape (*batch, 1), one correlation
 shared by all neighbours (the paper's case), or (*batch, latent - 1), one per step. The
 *innovation scale* is sqrt(1 - rho^2); functions that take it as an argument compute it from `rho`
-where it is not given, and a caller who knows Fisher's z passes `innovation_scale_from_fisher_z`,
-which stays exact where rho rounds to 1.
+where it is not given, and a caller who knows Fisher's z passes that of `from_fisher_z`, which
+stays exact where rho rounds to 1.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,18 +36,6 @@ def innovation_scale(rho: Tensor) -> Tensor:
     return ((1 - rho) * (1 + rho)).sqrt()
 
 
-def innovation_scale_from_fisher_z(fisher_z: Tensor) -> Tensor:
-    """sqrt(1 - rho^2) = sech(a) for rho = tanh(a), to full precision for every a.
-
-                                                                               (3.8), notebooks/03
-    Args:
-        fisher_z: Fisher's z of a correlation, a = atanh(rho), any shape.
-    Returns:
-        Same shape, in (0, 1]; 0 only where sech(a) underflows.
-    """
-    return _sech(fisher_z)
-
-
 def log_one_minus_rho_squared(rho: Tensor) -> Tensor:
     """log(1 - rho^2) from a correlation that is exact as given.               (1.4), notebooks/01
 
@@ -63,65 +52,66 @@ def log_one_minus_rho_squared(rho: Tensor) -> Tensor:
     return torch.where(rho.abs() < 0.5, small, large)
 
 
-def log_one_minus_rho_squared_from_fisher_z(fisher_z: Tensor) -> Tensor:
-    """log(1 - rho^2) = log sech(a)^2 for rho = tanh(a), without cancellation anywhere.
+class FromFisherZ(NamedTuple):
+    """What the chain needs of a correlation that is given by its Fisher z, all in its shape."""
 
-    log sech(a)^2 = 2 (log 2 - |a| - log1p(exp(-2 |a|)))      for |a| >= 1
-                  = -log1p(sinh(a)^2)                         for |a| <  1     (3.9), notebooks/03
+    rho: Tensor
+    innovation_scale: Tensor
+    log_one_minus_rho_squared: Tensor
 
-    The second form serves near a = 0, where the first subtracts nearly equal numbers.
+
+def from_fisher_z(fisher_z: Tensor) -> FromFisherZ:
+    """rho = tanh(a), and what a rounded rho could no longer tell, to full precision for every a.
+
+    sqrt(1 - rho^2) = sech(a) = 2 exp(-|a|) / (1 + exp(-2 |a|))                (3.8), notebooks/03
+    log(1 - rho^2) = -log1p(sinh(m)^2) - 2 |a - m|                             (3.9), notebooks/03
+
+    with m the number next to a in [-M, M], where exp(-2 M) is below the last digit.
 
     Args:
         fisher_z: Fisher's z of a correlation, a = atanh(rho), any shape.
     Returns:
-        Same shape, at most 0; finite for every finite a.
+        rho in [-1, 1]; the innovation scale in (0, 1], 0 only where sech(a) underflows; the
+        logarithm, at most 0 and finite for every finite a.
     """
-    return _log_sech_squared(fisher_z)
+    if torch.compiler.is_compiling():  # a compiler refuses what has a forward mode
+        return FromFisherZ(*_FisherZ.forward(fisher_z))
+    return FromFisherZ(*_FisherZ.apply(fisher_z))
 
 
-def _with_derivative(value, derivative):
-    """A function of one tensor whose derivative is given: derivative(a, value(a)).
+class _FisherZ(torch.autograd.Function):
+    """tanh, sech and log sech^2 at once, with the derivatives
 
-    It is a few operations where autograd would record some twenty, and has all its derivatives at
-    0, where |a| has not.
+    sech(a)^2,    -sech(a) tanh(a),    -2 tanh(a).                             (3.10), notebooks/03
+
+    They are a few operations where autograd would record some twenty, and exist at 0, where |a|
+    has no derivative.
     """
 
-    class WithDerivative(torch.autograd.Function):
-        generate_vmap_rule = True
+    generate_vmap_rule = True
 
-        @staticmethod
-        def forward(a):
-            return value(a)
+    @staticmethod
+    def forward(a):
+        decay = torch.exp(-a.abs())  # cosh overflows long before sech underflows
+        limit = 1 - math.log(torch.finfo(a.dtype).eps) / 2  # exp(-2 |a|) is less than a digit there
+        near = a.clamp(-limit, limit)
+        log = -torch.log1p(near.sinh().square()) - 2 * (a - near).abs()
+        return a.tanh(), 2 * decay / (1 + decay.square()), log
 
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs, output)
-            ctx.save_for_forward(*inputs, output)
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.save_for_backward(*outputs[:2])
+        ctx.save_for_forward(*outputs[:2])
 
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * derivative(*ctx.saved_tensors)
+    @staticmethod
+    def backward(ctx, of_rho, of_innovation, of_log):
+        rho, innovation = ctx.saved_tensors
+        return innovation * (of_rho * innovation - of_innovation * rho) - 2 * of_log * rho
 
-        jvp = backward
-
-    # A compiler refuses what has a forward mode, and does not need it.
-    return lambda a: value(a) if torch.compiler.is_compiling() else WithDerivative.apply(a)
-
-
-def _sech_value(a):
-    decay = torch.exp(-a.abs())  # cosh overflows long before sech underflows
-    return 2 * decay / (1 + decay.square())
-
-
-def _log_sech_squared_value(a):
-    magnitude = a.abs()
-    large = 2 * (math.log(2) - magnitude - torch.log1p(torch.exp(-2 * magnitude)))
-    small = -torch.log1p(a.clamp(-1, 1).sinh().square())
-    return torch.where(magnitude < 1, small, large)
-
-
-_sech = _with_derivative(_sech_value, lambda a, sech: -sech * a.tanh())
-_log_sech_squared = _with_derivative(_log_sech_squared_value, lambda a, _: -2 * a.tanh())
+    @staticmethod
+    def jvp(ctx, a):
+        rho, innovation = ctx.saved_tensors
+        return a * innovation.square(), -a * innovation * rho, -2 * a * rho
 
 
 def scan(innovations: Tensor, rho: Tensor) -> Tensor:
@@ -139,78 +129,97 @@ def scan(innovations: Tensor, rho: Tensor) -> Tensor:
         x, shape (*batch, latent).
     """
     _check_rho_shape(rho, innovations.shape[-1])
-    return _differentiable_scan(innovations, rho)
+    return _chain(innovations, rho)
 
 
-def _differentiable_scan(u: Tensor, rho: Tensor, transposed: bool = False) -> Tensor:
+def _chain(u: Tensor, rho: Tensor, innovation: Tensor | None = None, transposed: bool = False):
     # A compiler refuses what has a forward mode.
-    function = _Scan if torch.compiler.is_compiling() else _ScanWithForwardMode
-    return function.apply(u, rho, transposed)
+    function = _Chain if torch.compiler.is_compiling() else _ChainWithForwardMode
+    return function.apply(u, rho, innovation, transposed)
 
 
-class _Scan(torch.autograd.Function):
+class _Chain(torch.autograd.Function):
     """x = P u, or P^T u where it is transposed, with derivatives that are scans themselves.
 
     u' = P^T x',    rho'_j = u'_{j+1} x_j     (a prime: derivative with respect to)
                                                                 (3.5), (3.6), notebooks/03
-    The backward pass costs one scan the other way, whose derivative is a scan again. Of the
-    forward pass nothing is kept but rho and the result.
+    With an innovation scale c, u is the noise e times (1, c), and e' = (1, c) u', c' = u' e.
+    The backward pass costs one scan the other way, whose derivative is a scan again.
     """
 
     @staticmethod
-    def forward(innovations, rho, transposed):
-        return _doubling(innovations, rho, transposed)
+    def forward(u, rho, innovation, transposed):
+        return _doubling(u, rho, innovation, transposed)
 
     @staticmethod
     def setup_context(ctx, inputs, x):
-        innovations, rho, ctx.transposed = inputs
-        ctx.shape = innovations.shape
-        ctx.save_for_backward(rho, x)
+        u, rho, innovation, ctx.transposed = inputs
+        noise = () if innovation is None else (u, innovation)
+        ctx.shape = u.shape
+        ctx.save_for_backward(rho, x, *noise)
 
     @staticmethod
     def backward(ctx, gradient):
-        rho, x = ctx.saved_tensors
-        run = _differentiable_scan if torch.is_grad_enabled() else _doubling
-        back = run(gradient, rho, not ctx.transposed)
+        rho, x, *noise = ctx.saved_tensors
+        run = _chain if torch.is_grad_enabled() else _doubling
+        back = run(gradient, rho, None, not ctx.transposed)
         later, earlier = (x, back) if ctx.transposed else (back, x)
-        steps = later[..., 1:] * earlier[..., :-1]
-        return _sum_to(ctx.shape, back), _sum_to(rho.shape, steps), None
+        of_rho = _sum_to(rho.shape, later[..., 1:] * earlier[..., :-1])
+        of_innovation = None
+        if noise:
+            u, innovation = noise
+            if ctx.needs_input_grad[2]:
+                of_innovation = _sum_to(innovation.shape, back[..., 1:] * u[..., 1:])
+            if ctx.needs_input_grad[0]:
+                back = back * _after_one(innovation, x.shape[-1])
+        return _sum_to(ctx.shape, back), of_rho, of_innovation, None
 
     @staticmethod
-    def vmap(info, dims, innovations, rho, transposed):
+    def vmap(info, dims, *inputs):
         # Batch dimensions broadcast anyway: put the mapped one before all others.
-        pairs = [(innovations, dims[0]), (rho, dims[1])]
-        inner = max(t.dim() - (dim is not None) for t, dim in pairs)
+        *tensors, transposed = inputs
+        given = [(t, dim) for t, dim in zip(tensors, dims, strict=False) if t is not None]
+        inner = max(t.dim() - (dim is not None) for t, dim in given)
         mapped = [
             t if dim is None else t.movedim(dim, 0)[(slice(None), *[None] * (inner - t.dim() + 1))]
-            for t, dim in pairs
+            for t, dim in given
         ]
-        return _differentiable_scan(*mapped, transposed), 0
+        innovation = mapped[2] if len(mapped) == 3 else None
+        return _chain(*mapped[:2], innovation, transposed), 0
 
 
-class _ScanWithForwardMode(_Scan):
-    """Beside the gradient, how x moves with u and rho: dx = P (du + drho S x), or P^T and S^T."""
+class _ChainWithForwardMode(_Chain):
+    """Beside the gradient, how x moves: dx = P ((1, c) du + (0, dc) u + drho S x)."""
 
     @staticmethod
     def setup_context(ctx, inputs, x):
-        _Scan.setup_context(ctx, inputs, x)
-        ctx.save_for_forward(inputs[1], x)
+        _Chain.setup_context(ctx, inputs, x)
+        u, rho, innovation, _ = inputs
+        ctx.save_for_forward(rho, x, *(() if innovation is None else (u, innovation)))
 
     @staticmethod
-    def jvp(ctx, innovations, rho, _):
-        values, x = ctx.saved_tensors
+    def jvp(ctx, du, drho, dc, _):
+        rho, x, *noise = ctx.saved_tensors
         t = ctx.transposed
-        carried = pad(rho * (x[..., 1:] if t else x[..., :-1]), (0, 1) if t else (1, 0))
-        return _differentiable_scan(innovations + carried, values, t)
+        moved = pad(drho * (x[..., 1:] if t else x[..., :-1]), (0, 1) if t else (1, 0))
+        if noise:
+            u, innovation = noise
+            moved = moved + du * _after_one(innovation, x.shape[-1])
+            moved = moved + pad(dc * u[..., 1:], (1, 0))
+        else:
+            moved = moved + du
+        return _chain(moved, rho, None, t)
 
 
-def _doubling(u: Tensor, rho: Tensor, transposed: bool = False) -> Tensor:
+def _doubling(u, rho, innovation=None, transposed=False):
     """The rounds (3.4) in place: the product is complete before anything is added to."""
     latent, shared = u.shape[-1], rho.shape[-1] == 1
     batch = u.shape[:-1]
     if rho.shape[:-1] != batch:
         batch = torch.broadcast_shapes(batch, rho.shape[:-1])
     x, power, shift = u.expand(*batch, latent).clone(), rho, 1
+    if innovation is not None:
+        x[..., 1:] *= innovation
     while shift < latent:
         early, late = x[..., :-shift], x[..., shift:]
         if transposed:
@@ -242,7 +251,8 @@ def correlate(noise: Tensor, rho: Tensor, innovation: Tensor | None = None) -> T
     Raises:
         ValueError: if rho has neither 1 nor latent - 1 entries.
     """
-    return scan(noise * _innovation_scales(rho, noise.shape[-1], innovation), rho)
+    _check_rho_shape(rho, noise.shape[-1])
+    return _chain(noise, rho, innovation_scale(rho) if innovation is None else innovation)
 
 
 def whiten(x: Tensor, rho: Tensor, innovation: Tensor | None = None) -> Tensor:
@@ -359,6 +369,10 @@ def _innovation_scales(rho: Tensor, latent: int, innovation: Tensor | None) -> T
     """(1, sqrt(1 - rho_1^2), ..., sqrt(1 - rho_{d-1}^2)), shape (*batch, latent)."""
     _check_rho_shape(rho, latent)
     innovation = innovation_scale(rho) if innovation is None else innovation
+    return _after_one(innovation, latent)
+
+
+def _after_one(innovation: Tensor, latent: int) -> Tensor:
     return pad(innovation.expand(*innovation.shape[:-1], latent - 1), (1, 0), value=1.0)
 
 

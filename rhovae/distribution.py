@@ -100,19 +100,20 @@ class AR1Normal(Distribution):
         name, dependence = ("rho", rho) if fisher_z is None else ("fisher_z", fisher_z)
         scale = _as_parameter("scale", scale, loc, (1, latent))
         dependence = _as_parameter(name, dependence, loc, (1, latent - 1))
-        try:
-            batch_shape = torch.broadcast_shapes(
-                loc.shape[:-1], scale.shape[:-1], dependence.shape[:-1]
-            )
-        except RuntimeError:
-            raise ValueError(
-                f"AR1Normal: the batch shapes of loc {tuple(loc.shape)}, scale "
-                f"{tuple(scale.shape)} and {name} {tuple(dependence.shape)} do not broadcast; they "
-                "are all dimensions but the last."
-            ) from None
-        self.loc = loc.expand(*batch_shape, latent)
-        self.scale = scale.expand(*batch_shape, -1)
-        self.__dict__[name] = dependence.expand(*batch_shape, -1)
+        parameters = {"loc": loc, "scale": scale, name: dependence}
+        batch_shape = loc.shape[:-1]
+        # In a training step they agree; then neither the question nor three views are needed.
+        if any(value.shape[:-1] != batch_shape for value in parameters.values()):
+            try:
+                batch_shape = torch.broadcast_shapes(*(v.shape[:-1] for v in parameters.values()))
+            except RuntimeError:
+                raise ValueError(
+                    f"AR1Normal: the batch shapes of loc {tuple(loc.shape)}, scale "
+                    f"{tuple(scale.shape)} and {name} {tuple(dependence.shape)} do not broadcast; "
+                    "they are all dimensions but the last."
+                ) from None
+            parameters = {k: value.expand(*batch_shape, -1) for k, value in parameters.items()}
+        self.__dict__.update(parameters)
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
         self._validate_args = (
             Distribution._validate_args if validate_args is None else validate_args
@@ -151,8 +152,12 @@ class AR1Normal(Distribution):
         return new
 
     @lazy_property
+    def _from_fisher_z(self) -> ar1.FromFisherZ:
+        return ar1.from_fisher_z(self.fisher_z)
+
+    @lazy_property
     def rho(self) -> Tensor:
-        return self.fisher_z.tanh()
+        return self._from_fisher_z.rho
 
     @lazy_property
     def fisher_z(self) -> Tensor:
@@ -161,13 +166,13 @@ class AR1Normal(Distribution):
     @lazy_property
     def _innovation(self) -> Tensor:
         if "fisher_z" in self.__dict__:
-            return ar1.innovation_scale_from_fisher_z(self.fisher_z)
+            return self._from_fisher_z.innovation_scale
         return ar1.innovation_scale(self.rho)
 
     @lazy_property
     def _log_det_correlation(self) -> Tensor:
         if "fisher_z" in self.__dict__:
-            values = ar1.log_one_minus_rho_squared_from_fisher_z(self.fisher_z)
+            values = self._from_fisher_z.log_one_minus_rho_squared
             return ar1.sum_steps(values, self._latent - 1)
         return ar1.log_det(self.rho, self._latent)
 
@@ -219,7 +224,10 @@ class AR1Normal(Distribution):
         """Reparametrised draws, shape (*sample_shape, *batch, latent).      (3.2), notebooks/03"""
         shape = self._extended_shape(sample_shape)
         noise = _standard_normal(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + self.scale * ar1.correlate(noise, self.rho, self._innovation)
+        given = "fisher_z" in self.__dict__
+        rho, innovation = self._from_fisher_z[:2] if given else (self.rho, self._innovation)
+        # Not addcmul: rounded in two steps, as in Normal, rho = 0 gives its draws to the last bit.
+        return self.loc + self.scale * ar1.correlate(noise, rho, innovation)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, from the whitened value in O(d).             (2.2), notebooks/02"""
@@ -284,8 +292,8 @@ def _kl_ar1normal_independent(q: AR1Normal, p: Independent) -> Tensor:
     _check_same_event(q, p)
     shift = (q.loc - loc) / scale
     ratio = q.scale / scale
-    terms = shift.square() + ratio.square() - 1 - 2 * ratio.log()
-    return 0.5 * (terms.sum(-1) - q._log_det_correlation)
+    terms = torch.sub(shift.square() + ratio.square(), ratio.log(), alpha=2)
+    return 0.5 * (terms.sum(-1) - (q._log_det_correlation + q._latent))
 
 
 @register_kl(Independent, AR1Normal)

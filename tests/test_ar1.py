@@ -103,13 +103,19 @@ def test_gradients(function):
             function, inputs, check_forward_ad=True, check_batched_grad=True
         )
         assert torch.autograd.gradgradcheck(function, inputs)
+        if function is not ar1.scan:
+            inputs += (ar1.innovation_scale(rho.detach()).requires_grad_(),)
+            assert torch.autograd.gradcheck(
+                function, inputs, check_forward_ad=True, check_batched_grad=True
+            )
+            assert torch.autograd.gradgradcheck(function, inputs)
 
 
 def test_the_transposed_scan_is_the_scan_read_backwards():
     for rho in (torch.tensor([0.7]), torch.rand(3, 4) - 0.5):
         u = torch.randn(3, 5)
         flipped = ar1.scan(u.flip(-1), rho.flip(-1)).flip(-1)
-        torch.testing.assert_close(ar1._differentiable_scan(u, rho, True), flipped, **EXACT)
+        torch.testing.assert_close(ar1._chain(u, rho, transposed=True), flipped, **EXACT)
 
 
 def test_the_scan_keeps_nothing_but_its_result():
@@ -165,8 +171,7 @@ def test_fisher_z_forms_lose_nothing(a):
     with mpmath.workdps(60):
         exact_scale = mpmath.sech(mpmath.mpf(a))
         exact_log = -mpmath.log1p(mpmath.sinh(mpmath.mpf(a)) ** 2)
-        scale = ar1.innovation_scale_from_fisher_z(torch.tensor(a)).item()
-        log = ar1.log_one_minus_rho_squared_from_fisher_z(torch.tensor(a)).item()
+        scale, log = (value.item() for value in ar1.from_fisher_z(torch.tensor(a))[1:])
         assert abs(scale / exact_scale - 1) < 1e-14
         # The last term: where a^2 itself underflows.
         assert abs(log - exact_log) < 1e-14 * abs(exact_log) + 1e-300
@@ -176,14 +181,10 @@ def test_fisher_z_forms_agree_with_rho_and_are_smooth():
     a = torch.linspace(-6, 6, 49, requires_grad=True)
     rho = a.detach().tanh()
     torch.testing.assert_close(
-        ar1.innovation_scale_from_fisher_z(a.detach()), ar1.innovation_scale(rho), rtol=1e-9, atol=0
+        ar1.from_fisher_z(a.detach()).innovation_scale, ar1.innovation_scale(rho), rtol=1e-9, atol=0
     )
-    for function in (
-        ar1.innovation_scale_from_fisher_z,
-        ar1.log_one_minus_rho_squared_from_fisher_z,
-    ):
-        assert torch.autograd.gradcheck(function, a)
-        assert torch.autograd.gradgradcheck(function, a)
+    assert torch.autograd.gradcheck(ar1.from_fisher_z, a, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(ar1.from_fisher_z, a)
 
 
 @given(st.floats(-1, 1, exclude_min=True, exclude_max=True))
@@ -198,8 +199,9 @@ def test_log_determinant_loses_nothing_that_rho_holds(rho):
 
 def test_half_precision_keeps_what_it_can_hold():
     a = torch.tensor([-12.0, -0.5, 0.0, 3.0, 8.0]).to(torch.float16).requires_grad_()
-    scale = ar1.innovation_scale_from_fisher_z(a)
+    _, scale, log = ar1.from_fisher_z(a)
     exact = 1 / a.detach().double().cosh()
     torch.testing.assert_close(scale.detach().double(), exact, rtol=2e-3, atol=6e-8)
+    torch.testing.assert_close(log.detach().double(), 2 * exact.log(), rtol=2e-3, atol=0)
     (gradient,) = torch.autograd.grad(scale.sum(), a)
     assert gradient.isfinite().all()
