@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export IPYKERNEL_CELL_NAME := <cell>
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce paper progress figures book test lint notebooks clean
+.PHONY: help setup reproduce paper progress figures benchmark book test lint notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ progress: $(READY)  ## how far make paper is
 figures: $(READY)  ## redraw figures/ from the committed records
 	$(BIN)/python tools/notebooks.py run runs/executed/04_published_code.ipynb notebooks/04_published_code.ipynb -p save_to figures
 	$(BIN)/python tools/notebooks.py run runs/executed/06_paper_figures.ipynb notebooks/06_paper_figures.ipynb -p save_to figures
+
+benchmark: $(READY)  ## time sampler, densities and training into data/results/speed.json (with Pythae: pip install -e '.[pythae]')
+	$(BIN)/python tools/benchmark.py $(ARGS)
 
 book: $(READY)  ## README, notebooks and docstrings as a site, in runs/book/site
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[book]'

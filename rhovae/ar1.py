@@ -212,23 +212,25 @@ class _ChainWithForwardMode(_Chain):
 
 
 def _doubling(u, rho, innovation=None, transposed=False):
-    """The rounds (3.4) in place: the product is complete before anything is added to."""
+    """The rounds (3.4), each of which copies x and adds to the copy what the old x carries over."""
     latent, shared = u.shape[-1], rho.shape[-1] == 1
     batch = u.shape[:-1]
     if rho.shape[:-1] != batch:
         batch = torch.broadcast_shapes(batch, rho.shape[:-1])
-    x, power, shift = u.expand(*batch, latent).clone(), rho, 1
+    x, power, shift = u.expand(*batch, latent), rho, 1
     if innovation is not None:
+        x = x.clone()
         x[..., 1:] *= innovation
     while shift < latent:
-        early, late = x[..., :-shift], x[..., shift:]
+        result = x.clone()
         if transposed:
-            early += power * late
+            result[..., :-shift].addcmul_(power, x[..., shift:])
         else:
-            late += power * early
+            result[..., shift:].addcmul_(power, x[..., :-shift])
+        x = result
         power = power * power if shared else power[..., shift:] * power[..., :-shift]
         shift *= 2
-    return x
+    return x if latent > 1 or innovation is not None else x.clone()
 
 
 def _sum_to(shape: torch.Size, gradient: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class Experiment:
             for any posterior).
         latent: number of latent variables.
         epochs, batch_size, learning_rate: of Adam.
+        compiled: train with torch.compile, which rounds differently (see `training.fit`).
         seed: of initial weights, order of images and posterior draws.
         initialisation: "torch" (PyTorch's own) or "xavier" (uniform, no bias; the paper's script).
         head_scale: factor on the initial weights of the posterior head. With 0.01 all posteriors
@@ -80,6 +81,7 @@ class Experiment:
     epochs: int = 15
     batch_size: int = 128
     learning_rate: float = 1e-3
+    compiled: bool = False
     seed: int = 0
     initialisation: str = "torch"
     head_scale: float = 1.0
@@ -131,8 +133,9 @@ class Experiment:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer of at least 0.")
-        if not isinstance(self.pictures, bool):
-            raise ValueError(f"pictures is {self.pictures!r}; it must be true or false.")
+        for name in ("compiled", "pictures"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         for name in ("learning_rate", "head_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be positive.")
@@ -231,7 +234,7 @@ def run_experiment(
         vae, train, test, build_objective(experiment),
         epochs=experiment.epochs, batch_size=experiment.batch_size,
         learning_rate=experiment.learning_rate, seed=experiment.seed,
-        progress=progress, label=experiment.posterior,
+        compiled=experiment.compiled, progress=progress, label=experiment.posterior,
         checkpoint=checkpoint,
     )  # fmt: skip
     start = time.perf_counter()
