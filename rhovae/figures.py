@@ -1,4 +1,4 @@
-"""Figures from result records, in one style. Nothing is computed here but means over seeds."""
+"""Figures from result records, in one style. Of the records nothing but means is computed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -57,12 +57,33 @@ def style() -> None:
     )
 
 
-def save(figure: Figure, folder: str | Path, name: str) -> Path:
-    """Write <folder>/<name>.svg, without a date so that the same figure is the same file."""
+def save(figure: Figure, folder: str | Path, name: str, records: list[dict]) -> Path:
+    """Write <folder>/<name>.svg, which says in its metadata from which records it was made.
+
+    It has no date, so that the same figure is the same file.
+    """
     path = Path(folder) / f"{name}.svg"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    metadata = {"Date": None, "Title": name, "Description": made_from(records)}
+    figure.savefig(path, metadata=metadata)
     return path
+
+
+def made_from(records: list[dict]) -> str:
+    """Data, seeds, versions and commits of records, in one sentence; how to remake them."""
+
+    def distinct(part: str, key: str, length: int | None = None) -> str:
+        values = {str(record[part].get(key))[:length] for record in records}
+        return ", ".join(sorted(values))
+
+    return (
+        f"Drawn from {len(records)} records of rhovae (data/results): "
+        f"{distinct('experiment', 'dataset')} ({distinct('experiment', 'source')}), test images "
+        f"with SHA-256 {distinct('data', 'test_sha256', 8)}...; posteriors "
+        f"{distinct('experiment', 'posterior')}; seeds {distinct('experiment', 'seed')}; trained "
+        f"with torch {distinct('environment', 'torch')} at commits "
+        f"{distinct('environment', 'commit', 10)}. make figures draws it again, make paper trains."
+    )
 
 
 def loss_curves(
@@ -219,6 +240,18 @@ def latent_maps(records: list[dict]) -> Figure:
         axes.set_title(LABELS[record["experiment"]["posterior"]] + share)
     if known:
         figure.legend(*dots.legend_elements(), loc="outside right center", title="class")
+    return figure
+
+
+def film_strip(frames: dict[str, np.ndarray]) -> Figure:
+    """A model as it learns: a row for each frame, images (n, 1, height, width) in [0, 1]."""
+    figure, all_axes = plt.subplots(
+        len(frames), 1, figsize=(5.2, 0.55 * len(frames)), dpi=72, squeeze=False
+    )
+    for axes, (label, images) in zip(all_axes[:, 0], frames.items(), strict=True):
+        axes.imshow(np.concatenate(images[:, 0], 1), vmin=0, vmax=1)
+        axes.text(-4, images.shape[-2] / 2, label, ha="right", va="center")
+        axes.set_axis_off()
     return figure
 
 

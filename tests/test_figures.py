@@ -50,8 +50,9 @@ def test_loss_curves_show_the_mean_and_the_range_over_seeds(records):
 
 def test_saved_figures_are_the_same_bytes(records, tmp_path):
     files = []
-    for name in ("one", "two"):
-        files.append(figures.save(figures.sample_grids(records[:2]), tmp_path, name).read_bytes())
+    for _ in range(2):
+        figure = figures.sample_grids(records[:2])
+        files.append(figures.save(figure, tmp_path, "same", records[:2]).read_bytes())
         plt.close("all")
     assert files[0] == files[1] and b"<dc:date>" not in files[0]
 
@@ -110,3 +111,40 @@ def test_differences_are_taken_between_runs_of_the_same_seed():
     ones, others = runs([(2, 5.0), (0, 1.0), (7, 9.0)]), runs([(0, 3.0), (2, 1.0)])
     difference = paired_difference(ones, others, lambda record: record["x"])
     assert difference.tolist() == [-2.0, 4.0]
+
+
+def test_paired_differences_are_those_of_equal_seeds():
+    def run(posterior, seed, value):
+        return {"experiment": {"posterior": posterior, "seed": seed}, "value": value}
+
+    groups = {
+        "diagonal": [run("diagonal", 1, 5.0), run("diagonal", 0, 10.0), run("diagonal", 2, 0.0)],
+        "ar1": [run("ar1", 0, 11.0), run("ar1", 1, 8.0), run("ar1", 2, 2.0)],
+    }
+    predicted = {("panel", "ar1"): 0.5}
+    figure = figures.paired_differences(
+        {"panel": groups}, {"nats": lambda r: r["value"]}, predicted
+    )
+    (axes,) = (axes for axes in figure.axes if axes.axison)
+    assert axes.get_title() == "panel (3 seeds)"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["AR(1) (rho-VAE)"]
+    (bar,) = axes.containers
+    assert bar[0].get_xdata()[0] == pytest.approx(2.0)  # of 1, 3 and 2
+    (segment,) = bar[2][0].get_segments()
+    # Student's quantile for two degrees of freedom is 4.303, the standard error 1 / sqrt(3).
+    assert np.ptp(segment[:, 0]) / 2 == pytest.approx(4.303 / np.sqrt(3), abs=1e-3)
+    (cross,) = (line for line in axes.get_lines() if line.get_marker() == "x")
+    assert cross.get_xdata()[0] == 0.5
+
+
+def test_a_figure_says_from_which_records_it_was_made(records, tmp_path):
+    text = figures.save(plt.figure(), tmp_path, "empty", records).read_text()
+    commits = {record["environment"]["commit"][:10] for record in records}
+    for fact in ("mnist (full)", "seeds 0, 1, 2, 3, 4", "SHA-256 ", "make paper", *commits):
+        assert fact in text
+
+
+def test_a_film_strip_has_a_row_for_each_frame():
+    frames = {"0 images": np.zeros((3, 1, 4, 4)), "10 images": np.ones((3, 1, 4, 4))}
+    rows = figures.film_strip(frames).axes
+    assert [axes.get_images()[0].get_array().shape for axes in rows] == [(4, 12), (4, 12)]

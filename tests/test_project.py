@@ -115,3 +115,9 @@ def test_every_public_formula_cites_its_equation():
         for name, text in formulas.items():
             if not name.startswith("_") and name not in plain:
                 assert re.search(r"\(\d\.\d+\)", text), f"{module}.{name} cites no equation"
+
+
+def test_pre_commit_lints_with_the_version_of_the_constraints():
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    pinned = re.search(r"^ruff==\S+", (ROOT / "constraints.txt").read_text(), flags=re.M)[0]
+    assert set(re.findall(r"ruff==[\d.]+", text)) == {pinned}
