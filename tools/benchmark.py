@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +30,8 @@ from torch.distributions import (
     Normal,
     kl_divergence,
 )
-from torch.nn.functional import binary_cross_entropy
+from torch.nn.functional import binary_cross_entropy, pad
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
@@ -43,6 +44,7 @@ from rhovae.records import write_whole
 from rhovae.training import batch_loss, train_epoch
 
 SHAPES = [(128, 5), (128, 20), (128, 64), (128, 256), (128, 1024)]
+BATCHES = [(8, 20), (32, 20), (512, 20), (2048, 20)]
 LONG = [(16, 1_000), (16, 3_162), (16, 10_000), (16, 31_623), (16, 100_000)]
 
 
@@ -136,6 +138,99 @@ def samplers(batch: int, latent: int) -> dict[str, Callable[[], None]]:
         for name, function in SAMPLERS.items()
         if name not in left_out
     }
+
+
+def in_place(u: Tensor, rho: Tensor) -> Tensor:
+    """A round multiplies into new memory and adds to x in place."""
+    x, power, shift = u.clone(), rho, 1
+    while shift < u.shape[-1]:
+        x[:, shift:] += power * x[:, :-shift]
+        power, shift = power * power, 2 * shift
+    return x
+
+
+def padded_buffers(u: Tensor, rho: Tensor) -> Tensor:
+    """A round is one addcmul from a buffer into another, with zeros in front of the first entry."""
+    latent, room = u.shape[-1], 1
+    while 2 * room < latent:
+        room *= 2
+    old, new = u.new_zeros(2, len(u), room + latent)
+    old[:, room:], power, shift = u, rho, 1
+    while shift < latent:
+        earlier = old[:, room - shift : room - shift + latent]
+        torch.addcmul(old[:, room:], power, earlier, out=new[:, room:])
+        old, new, power, shift = new, old, power * power, 2 * shift
+    return old[:, room:]
+
+
+def row_by_row(u: Tensor, rho: Tensor) -> Tensor:
+    """The plain recursion, with the batch in rows of adjacent memory."""
+    x, rho = u.mT.contiguous(), rho[:, 0]
+    rows = x.unbind(0)
+    for earlier, later in pairwise(rows):
+        later.addcmul_(rho, earlier)
+    return x.mT
+
+
+def blocks(u: Tensor, rho: Tensor, size: int = 16) -> Tensor:
+    """Blocks as matrix products, then what each hands to the next, as a scan over blocks."""
+    x = pad(u, (0, -u.shape[-1] % size)).unflatten(-1, (-1, size))
+    x = x @ ar1.transition(rho, size).mT
+    carried = ar1.scan(x[..., -1], rho**size)[:, :-1, None]
+    x[:, 1:].addcmul_(carried, rho[:, None] ** torch.arange(1, size + 1))
+    return x.flatten(-2)[:, : u.shape[-1]]
+
+
+SCANS = {
+    "copy and addcmul (ours)": ar1._doubling,
+    "in place, two operations": in_place,
+    "padded buffers": padded_buffers,
+    "row by row": row_by_row,
+    "blocks of 16": blocks,
+}
+
+
+@torch.no_grad()
+def scans(batch: int, latent: int) -> dict[str, Callable[[], None]]:
+    """Ways to write the forward scan for one shared rho; all give the same numbers."""
+    _, _, rho, u = parameters(batch, latent)
+    rho = rho.detach()
+    for function in SCANS.values():
+        torch.testing.assert_close(function(u, rho), ar1.scan(u, rho), rtol=1e-3, atol=1e-4)
+    chosen = {name: f for name, f in SCANS.items() if f is not row_by_row or latent <= 1024}
+    return {name: partial(function, u, rho) for name, function in chosen.items()}
+
+
+def roofline() -> dict[str, Callable[[], None]]:
+    """What the machine can do: 64 MiB copied, and a product of two 1024 x 1024 matrices."""
+    source, target = torch.randn(2**24), torch.empty(2**24)
+    a, b, c = torch.randn(3, 1024, 1024)
+    return {
+        "copy of 64 MiB": lambda: target.copy_(source),
+        "product": lambda: torch.mm(a, b, out=c),
+    }
+
+
+GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "Adam": ("aten::_fused_adam_", "Optimizer.step", "Optimizer.zero_grad"),
+    "cross-entropy": ("aten::log_sigmoid", "aten::sigmoid", "aten::binary_cross", "aten::sub"),
+    "images": ("aten::index_select", "aten::randperm", "aten::div_"),
+}
+
+
+def step_profile(posterior: str, latent: int = 20) -> dict[str, float]:
+    """Where a training step spends its time, by torch.profiler: milliseconds by group."""
+    steps = our_steps(posterior, latent)
+    for _ in range(3):
+        steps()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        steps()
+    shares = dict.fromkeys((*GROUPS, "everything else"), 0.0)
+    for event in profiled.key_averages():
+        fits = [group for group, names in GROUPS.items() if event.key.startswith(names)]
+        shares[fits[0] if fits else "everything else"] += event.self_cpu_time_total / 1e3 / STEPS
+    return shares
 
 
 def densities(quantity: str, batch: int, latent: int) -> dict[str, Callable[[], None]]:
@@ -344,7 +439,7 @@ def measure(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, d
 def comparisons(folder: str) -> list[tuple[dict, Callable]]:
     """What is compared at which size, as labels and a function that makes the candidates."""
     found = []
-    for batch, latent in (*SHAPES, *LONG):
+    for batch, latent in (*SHAPES, *BATCHES, *LONG):
         label = {"what": "sampler", "batch": batch, "latent": latent}
         found.append((label, partial(samplers, batch, latent)))
     for quantity, latent in product(("log_prob", "kl"), (20, 64, 256)):
@@ -353,6 +448,10 @@ def comparisons(folder: str) -> list[tuple[dict, Callable]]:
     for latent in (5, 20, 64):
         label = {"what": "training", "batch": 128, "latent": latent, "steps": STEPS}
         found.append((label, partial(training_steps, latent, latent == 20, folder)))
+    for batch, latent in ((128, 20), (128, 256), (128, 1024), (16, 100_000)):
+        label = {"what": "scan", "batch": batch, "latent": latent}
+        found.append((label, partial(scans, batch, latent)))
+    found.append(({"what": "roofline"}, roofline))
     found.append(({"what": "optimizer", "batch": 128, "latent": 20}, optimizers))
     return found
 
@@ -362,7 +461,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4, help="for each comparison")
     parser.add_argument("--save", type=Path, default=Path("data/results/speed.json"))
-    parser.add_argument("--only", default="", help="sampler, log_prob, kl, training or optimizer")
+    parser.add_argument("--only", default="", help="sampler, scan, training, ...")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -374,12 +473,16 @@ def main() -> None:
                 results.append(label | {"milliseconds": times})
                 show(label, times)
     record = {"seconds": arguments.seconds, "environment": environment(torch.device("cpu"))}
+    if arguments.only in ("", "training"):
+        record["profile"] = {name: step_profile(name) for name in ("diagonal", "ar1")}
     text = json.dumps(record | {"comparisons": results}, indent=1) + "\n"
     write_whole(arguments.save, text.encode())
 
 
 def show(label: dict, times: dict[str, dict]) -> None:
-    reference = next(name for name in times if name.startswith(("ours", "fused")))
+    reference = next(
+        (n for n in times if n.startswith(("ours", "fused", "copy and"))), next(iter(times))
+    )
     print(", ".join(f"{key} {value}" for key, value in label.items()), f"(x {reference})")
     for name, t in times.items():
         ratio = t["median"] / times[reference]["median"]
