@@ -29,7 +29,7 @@ from .posteriors import POSTERIORS
 from .provenance import environment
 from .published import PUBLISHED_POSTERIORS, decompose, divided_loss, published_loss
 from .quality import sample_quality
-from .records import SCHEMA, load_record, save_record
+from .records import SCHEMA, load_record, require_writable, save_record
 from .training import fit, pick_device, set_seed
 from .vae import VAE, count_parameters
 
@@ -55,6 +55,7 @@ class Experiment:
             for any posterior).
         latent: number of latent variables.
         epochs, batch_size, learning_rate: of Adam.
+        clip_norm: the norm to which a larger gradient is shortened; 0 for no limit.
         compiled: train with torch.compile, which rounds differently (see `training.fit`).
         seed: of initial weights, order of images and posterior draws.
         initialisation: "torch" (PyTorch's own) or "xavier" (uniform, no bias; the paper's script).
@@ -81,6 +82,7 @@ class Experiment:
     epochs: int = 15
     batch_size: int = 128
     learning_rate: float = 1e-3
+    clip_norm: float = 0.0
     compiled: bool = False
     seed: int = 0
     initialisation: str = "torch"
@@ -120,7 +122,7 @@ class Experiment:
                     f"{', '.join(idle)} has no effect with objective {self.objective!r}; choose "
                     f"objective={objective!r} or leave it out."
                 )
-        for name in ("beta", "alpha", "lambda_"):
+        for name in ("beta", "alpha", "lambda_", "clip_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0.")
         for name in ("image_size", "gap_images"):
@@ -212,6 +214,7 @@ def run_experiment(
     Raises:
         ValueError: own images that do not fit, or source="own" without them.
         FileNotFoundError: full data neither found nor to be downloaded.
+        OSError: a folder that cannot be written to, before anything is trained.
     """
     path = Path(folder) / f"{experiment.name}.json" if folder else None
     images = None
@@ -224,6 +227,9 @@ def run_experiment(
             same = record["data"] == _fingerprints(*images)
         if same:
             return record
+    for place in (folder, checkpoints):
+        if place:
+            require_writable(place)
     images = images or _images(experiment, train, test, root)
     device = pick_device(device)
     train, test = (_resized(part, experiment.image_size).to(device) for part in images)
@@ -234,7 +240,8 @@ def run_experiment(
         vae, train, test, build_objective(experiment),
         epochs=experiment.epochs, batch_size=experiment.batch_size,
         learning_rate=experiment.learning_rate, seed=experiment.seed,
-        compiled=experiment.compiled, progress=progress, label=experiment.posterior,
+        clip_norm=experiment.clip_norm, compiled=experiment.compiled,
+        progress=progress, label=experiment.posterior,
         checkpoint=checkpoint,
     )  # fmt: skip
     start = time.perf_counter()

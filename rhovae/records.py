@@ -15,8 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from scipy import stats
 
 SCHEMA = 1
-REQUIRED = ("schema", "experiment", "history", "test", "iwae", "latent", "parameters", "data",
-            "environment", "wall_time_s")  # fmt: skip
+REQUIRED = {"schema": int, "experiment": dict, "history": list, "test": dict, "iwae": dict,
+            "latent": dict, "parameters": dict, "data": dict, "environment": dict,
+            "wall_time_s": dict}  # fmt: skip
 
 
 def save_record(record: dict, folder: str | Path) -> Path:
@@ -53,6 +54,22 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
+def require_writable(folder: str | Path) -> None:
+    """Make a folder, and a file in it, so that a run learns at its start what its end would meet.
+
+    Raises:
+        OSError: if that is not possible.
+    """
+    try:
+        write_whole(Path(folder) / ".writable", b"?" * 4096)
+        (Path(folder) / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"Nothing can be written into {folder} ({error.strerror or error}), so a run could not "
+            "be kept; choose another folder, or make room or rights there."
+        ) from None
+
+
 def _not_finite(value, place: str = "") -> list[str]:
     """Where in nested dictionaries and lists the numbers are NaN or infinite."""
     if isinstance(value, float):
@@ -70,17 +87,41 @@ def load_record(path: str | Path) -> dict:
         ValueError: if it is not a complete record of the schema this version knows.
     """
     try:
-        record = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        record = json.loads(Path(path).read_text(), parse_constant=_refuse_constant)
+        problem = _problem_of(record)
+    except (ValueError, RecursionError) as error:  # also of JSON and of its encoding
         raise ValueError(f"{path} is not a result record: {error}.") from None
-    missing = [key for key in REQUIRED if not isinstance(record, dict) or key not in record]
-    if missing or record["schema"] != SCHEMA:
-        problem = f"lacks {', '.join(missing)}" if missing else f"has schema {record['schema']}"
+    if problem:
         raise ValueError(
-            f"{path} is not a result record of schema {SCHEMA}: it {problem}; delete it and run "
-            "its experiment again, or update rhovae."
+            f"{path} is not a result record of schema {SCHEMA}: {problem}; delete it and run its "
+            "experiment again, or update rhovae."
         )
     return record
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"it has {name} for a number")
+
+
+def _problem_of(record) -> str:
+    """What is wrong with a record, in words; empty if nothing is."""
+    if not isinstance(record, dict):
+        return f"it is a {type(record).__name__}"
+    missing = [key for key in REQUIRED if key not in record]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    wrong = [key for key, kind in REQUIRED.items() if not isinstance(record[key], kind)]
+    if wrong:
+        return f"{wrong[0]} is a {type(record[wrong[0]]).__name__}"
+    if record["schema"] != SCHEMA:
+        return f"it has schema {record['schema']}"
+    for key in ("test", "iwae"):
+        for name, value in record[key].items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                return f"{key}.{name} is a {type(value).__name__}"
+    if not record["history"] or not all(isinstance(entry, dict) for entry in record["history"]):
+        return "its history is not a list of epochs"
+    return ""
 
 
 def load_records(folder: str | Path, **configuration) -> list[dict]:

@@ -45,6 +45,7 @@ def fit(
     batch_size: int = 128,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    clip_norm: float = 0.0,
     compiled: bool = False,
     progress: bool = True,
     label: str = "",
@@ -61,6 +62,7 @@ def fit(
         objective: (q, z, logits, x) -> Terms, per image.
         epochs, batch_size, learning_rate: the schedule; the last, smaller batch is kept.
         seed: of the order of the images and of the posterior draws.
+        clip_norm: the norm to which a larger gradient is shortened; 0 for no limit.
         compiled: let torch.compile make one piece of code of model, objective and gradient, on a
             GPU as a CUDA graph. Needs a C++ compiler and takes seconds before the first step.
         progress: show a tqdm bar over epochs.
@@ -71,7 +73,9 @@ def fit(
         One entry per epoch: epoch, train and test means in nats per image (loss, negative_elbo,
         reconstruction, kl), the mean rho over test images (None without a rho), and seconds.
     Raises:
-        FloatingPointError: a training or test loss that is no longer finite, with the epoch.
+        FloatingPointError: a training or test loss that is no longer finite, with epoch, step, the
+            last finite loss and the largest gradient. The checkpoint stays that of the epoch
+            before.
     """
     # The fused kernel is the fastest where measured, and not there on every device.
     fused = train.device.type in ("cpu", "cuda")
@@ -88,15 +92,20 @@ def fit(
     for epoch in bar:
         start = time.perf_counter()
         set_seed(seed, 1, epoch)
-        train_means = train_epoch(vae, train, loss_of, optimizer, batch_size)
+        try:
+            train_means = train_epoch(vae, train, loss_of, optimizer, batch_size, clip_norm)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error} This was epoch {epoch} of {epochs}; lower the learning rate (it is "
+                f"{learning_rate}) or limit the gradient by clip_norm (it is {clip_norm})."
+            ) from None
         set_seed(seed, 2)  # the same draws after every epoch, so that curves show the model move
         test_means, rho = evaluate(vae, test, objective, batch_size)
-        for split, means in (("training", train_means), ("test", test_means)):
-            if not all(map(math.isfinite, means.values())):
-                raise FloatingPointError(
-                    f"The {split} loss became {means['loss']} in epoch {epoch} of {epochs}; lower "
-                    f"the learning rate (it is {learning_rate})."
-                )
+        if not all(map(math.isfinite, test_means.values())):
+            raise FloatingPointError(
+                f"The test loss became {test_means['loss']} after epoch {epoch} of {epochs}; lower "
+                f"the learning rate (it is {learning_rate})."
+            )
         entry = {"epoch": epoch, "train": train_means, "test": test_means, "rho": rho}
         history.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
         if checkpoint:
@@ -132,6 +141,7 @@ def train_epoch(
     loss_of: Callable[[Tensor], tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     batch_size: int,
+    clip_norm: float = 0.0,
 ) -> dict[str, float]:
     """One pass in random order; means over the images, each seen with the weights of its step.
 
@@ -144,8 +154,11 @@ def train_epoch(
         loss_of: see `batch_loss`.
         optimizer: of the model's parameters.
         batch_size: images in a step; the last, smaller batch is kept.
+        clip_norm: the norm to which a larger gradient is shortened; 0 for no limit.
     Returns:
         Means in nats per image: loss, negative_elbo, reconstruction, kl.
+    Raises:
+        FloatingPointError: a loss that is no longer finite, seen after the last step.
     """
     vae.train()
     order = torch.randperm(len(images)).to(images.device)
@@ -154,6 +167,25 @@ def train_epoch(
         loss, of_batch = loss_of(to_unit_interval(images.index_select(0, indices)))
         optimizer.zero_grad()
         loss.backward()
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), clip_norm)
         optimizer.step()
         sums.append(of_batch)
+    _require_finite(vae, torch.stack(sums)[:, 0], batch_size)
     return means_per_image(sums, len(images))
+
+
+def _require_finite(vae: VAE, losses: Tensor, batch_size: int) -> None:
+    """Raise with what can be known of it if the summed loss of a step was not finite."""
+    bad = (~losses.isfinite()).nonzero()
+    if not len(bad):
+        return
+    step = bad[0].item()
+    last = f"{losses[step - 1].item() / batch_size:.6g} nats per image" if step else "none"
+    largest = {name: p.grad.abs().max().nan_to_num(math.inf) for name, p in vae.named_parameters()}
+    name = max(largest, key=largest.get)
+    raise FloatingPointError(
+        f"The training loss became {losses[step].item()} in step {step + 1} of {len(losses)}; the "
+        f"last finite one was {last}, and the largest gradient is that of {name} "
+        f"({largest[name].item():.3g})."
+    )

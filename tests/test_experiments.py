@@ -1,9 +1,13 @@
 """From a name to a record: training, seeds, records and what is refused."""
 
+import copy
 import dataclasses
 import json
 import math
 import os
+import re
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -118,9 +122,9 @@ def test_an_extended_run_is_the_run_that_was_never_interrupted(
     whole = run(images, epochs=5, **settings)
     for epochs in (1, 2, 4):
         run(images, epochs=epochs, checkpoints=tmp_path, **settings)
-    trained, train_epoch = [], training._train_epoch
+    trained, train_epoch = [], training.train_epoch
     monkeypatch.setattr(
-        "rhovae.training._train_epoch", lambda *args: trained.append(1) or train_epoch(*args)
+        "rhovae.training.train_epoch", lambda *args: trained.append(1) or train_epoch(*args)
     )
     extended = run(images, epochs=5, checkpoints=tmp_path, **settings)
     assert len(trained) == 1, "four of five epochs were there"
@@ -131,7 +135,7 @@ def test_an_extended_run_is_the_run_that_was_never_interrupted(
 
 def test_a_finished_run_is_judged_again_without_training(images, tmp_path, monkeypatch):
     first = run(images, checkpoints=tmp_path)
-    monkeypatch.setattr("rhovae.training._train_epoch", None)
+    monkeypatch.setattr("rhovae.training.train_epoch", None)
     second = run(images, checkpoints=tmp_path, iwae_samples=7)
     assert second["history"] == first["history"] and second["iwae"]["samples"] == 7
 
@@ -153,7 +157,7 @@ def test_a_checkpoint_from_before_a_setting_existed_is_used(images, tmp_path, mo
     state = torch.load(path, weights_only=True)
     del state["run"]["kernel"], state["environments"]
     torch.save(state, path)
-    monkeypatch.setattr("rhovae.training._train_epoch", None)
+    monkeypatch.setattr("rhovae.training.train_epoch", None)
     assert run(images, checkpoints=tmp_path)["trained_in"] == []
 
 
@@ -383,7 +387,10 @@ def test_the_name_of_a_record_tells_what_is_not_default():
     "damage,sentence",
     [
         (lambda text: text[: len(text) // 2], "is not a result record: "),
-        (lambda text: "[]", "is not a result record of schema 1: it lacks schema"),
+        (lambda text: "[]", "is not a result record of schema 1: it is a list"),
+        (lambda text: re.sub(r'"nll": [\d.]+', '"nll": NaN', text), "it has NaN for a number"),
+        (lambda text: re.sub(r'"nll": [\d.]+', '"nll": "low"', text), "iwae.nll is a str"),
+        (lambda text: re.sub(r'"history": \[', '"history": [1, ', text), "not a list of epochs"),
         (lambda text: text.replace('"schema": 1', '"schema": 2'), "it has schema 2; delete it"),
         (lambda text: text.replace('"iwae"', '"nll"'), "it lacks iwae; delete it"),
     ],
@@ -449,8 +456,15 @@ def test_own_images_go_with_their_source(images):
         run_experiment(Experiment("squares", source="own"), train=train, test=test[:, 1:])
 
 
+LOSS_EXPLODED = (
+    r"The training loss became (nan|-?inf) in step \d of 3; the last finite one was .*, and the "
+    r"largest gradient is that of [\w.]+ \(.*\). This was epoch \d+ of 20; lower the learning rate "
+    r"\(it is 10000.0\) or limit the gradient by clip_norm"
+)
+
+
 def test_a_loss_that_explodes_stops_the_run(images):
-    with pytest.raises(FloatingPointError, match=r"became (nan|inf) in epoch \d+ of 20; lower the"):
+    with pytest.raises(FloatingPointError, match=LOSS_EXPLODED):
         run(images, epochs=20, learning_rate=1e4)
 
 
@@ -526,3 +540,62 @@ def test_images_are_resized_for_a_network_that_needs_it(images):
     record = run(images, architecture="beta_cnn", image_size=64, epochs=1)
     assert decode_png(record["images"]["samples"]).shape == (32, 64, 64)
     assert "image_size=64" in record["name"]
+
+
+def test_a_limited_gradient_survives_a_learning_rate_that_explodes_without(images):
+    history = run(images, epochs=3, learning_rate=0.1, clip_norm=1e-3)["history"]
+    assert all(math.isfinite(entry["test"]["loss"]) for entry in history)
+    vae = build_vae(Experiment(**SMALL), (1, 8, 8))
+    moved = copy.deepcopy(vae)
+    optimizer = torch.optim.SGD(moved.parameters(), lr=1.0)
+    loss_of = training.batch_loss(moved, negative_elbo)
+    training.train_epoch(moved, images[0][:24, None], loss_of, optimizer, 24, clip_norm=0.5)
+    steps = [
+        (a - b).square().sum() for a, b in zip(moved.parameters(), vae.parameters(), strict=True)
+    ]
+    assert torch.stack(steps).sum().sqrt() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_last_good_checkpoint_outlives_an_explosion(images, tmp_path):
+    run(images, checkpoints=tmp_path, epochs=2)
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["param_groups"][0]["lr"] = 1e4
+    torch.save(state, path)
+    torch.save(state, tmp_path / "kept")
+    with pytest.raises(FloatingPointError, match="This was epoch"):
+        run(images, checkpoints=tmp_path, epochs=30)
+    assert len(read_checkpoint(path)["history"]) >= 2 and before
+
+
+@pytest.mark.parametrize("place", ("folder", "checkpoints"))
+def test_a_folder_that_cannot_be_written_is_refused_before_training(
+    images, tmp_path, monkeypatch, place
+):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("rhovae.experiments.fit", None)
+    with pytest.raises(
+        OSError, match=r"Nothing can be written into .*file/results .*choose another"
+    ):
+        run(images, **{place: tmp_path / "file" / "results"})
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path):
+    """A limit on file size stands for the disk: the write fails in the middle."""
+    code = f"""
+import resource, signal
+from pathlib import Path
+from rhovae.records import require_writable, write_whole
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for attempt in (lambda: write_whole(Path({str(tmp_path)!r}) / "record.json", b"x" * 5000),
+                lambda: require_writable({str(tmp_path)!r})):
+    try:
+        attempt()
+    except OSError as error:
+        print(error)
+"""
+    out = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert "File too large" in out and "Nothing can be written into" in out
+    assert not list(tmp_path.iterdir())
