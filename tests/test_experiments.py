@@ -550,23 +550,22 @@ def test_a_limited_gradient_survives_a_learning_rate_that_explodes_without(image
     optimizer = torch.optim.SGD(moved.parameters(), lr=1.0)
     loss_of = training.batch_loss(moved, negative_elbo)
     training.train_epoch(moved, images[0][:24, None], loss_of, optimizer, 24, clip_norm=0.5)
-    steps = [
-        (a - b).square().sum() for a, b in zip(moved.parameters(), vae.parameters(), strict=True)
-    ]
-    assert torch.stack(steps).sum().sqrt() == pytest.approx(0.5, rel=1e-3)
+    pairs = zip(moved.parameters(), vae.parameters(), strict=True)
+    steps = [(one - other).detach().square().sum() for one, other in pairs]
+    assert torch.stack(steps).sum().sqrt().item() == pytest.approx(0.5, rel=1e-3)
 
 
 def test_the_last_good_checkpoint_outlives_an_explosion(images, tmp_path):
     run(images, checkpoints=tmp_path, epochs=2)
     (path,) = tmp_path.iterdir()
-    before = path.read_bytes()
     state = torch.load(path, weights_only=True)
-    state["optimizer"]["param_groups"][0]["lr"] = 1e4
+    state["optimizer"]["param_groups"][0]["lr"] = 1e4  # a fault in the middle of the run
     torch.save(state, path)
-    torch.save(state, tmp_path / "kept")
     with pytest.raises(FloatingPointError, match="This was epoch"):
         run(images, checkpoints=tmp_path, epochs=30)
-    assert len(read_checkpoint(path)["history"]) >= 2 and before
+    state = read_checkpoint(path)
+    assert 2 <= len(state["history"]) < 30
+    assert all(weight.isfinite().all() for weight in state["vae"].values())
 
 
 @pytest.mark.parametrize("place", ("folder", "checkpoints"))
@@ -575,9 +574,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
 ):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr("rhovae.experiments.fit", None)
-    with pytest.raises(
-        OSError, match=r"Nothing can be written into .*file/results .*choose another"
-    ):
+    sentence = r"Nothing can be written into .*file/results .*choose another"
+    with pytest.raises(OSError, match=sentence):
         run(images, **{place: tmp_path / "file" / "results"})
 
 
