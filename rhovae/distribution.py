@@ -231,7 +231,7 @@ class AR1Normal(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, from the whitened value in O(d).             (2.2), notebooks/02"""
-        if self._validate_args:
+        if self._validate_args and value.numel():  # torch's check cannot reshape an empty sample
             self._validate_sample(value)
         noise = self._whiten((value - self.loc) / self.scale)
         constant = self._latent * math.log(2 * math.pi)
