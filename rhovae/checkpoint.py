@@ -6,7 +6,6 @@ stream of its own (`training.set_seed`).
 """
 
 import io
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,7 +90,9 @@ def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         state = torch.load(path, map_location=device, weights_only=True)
         missing = {"run", "history", "vae", "optimizer"} - set(state)
         problem = f"it lacks {', '.join(sorted(missing))}" if missing else ""
-    except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged archive fails in more ways than can be listed
         problem = str(error).partition("\n")[0] or type(error).__name__
     if problem:
         raise ValueError(f"{path} is not a checkpoint ({problem}); delete it to start over.")

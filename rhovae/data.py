@@ -23,6 +23,13 @@ EMBEDDED_SHA256 = {
     "mnist": "0f13b3d4b41e8f9fcc5d7894d35d91c99266fde411a39964f88fe9abd8c18588",
     "fashion-mnist": "d2e3082e52dc42e8731b36c46651bc201c3960ae50470802125daac2de29c144",
 }
+# Of pixels and labels, as bytes.
+FULL_SHA256 = {
+    ("mnist", "train"): "edc0d1098aa497be14ace79ddd5171e5a3dcf9c4d196c015389203eb3ba1f59b",
+    ("mnist", "test"): "c3f9adf9c66efb572b1f9326c3a511b45910c7173b97be66ceceeeeaef6b802b",
+    ("fashion-mnist", "train"): "16d82e2b505296aa2b78bd5ea0992634f30419a4c97def7c907d154a35ac6157",
+    ("fashion-mnist", "test"): "9f1ec356a747bfe4ebab3cfb722d3694c9ca737e2570f6f90cf31d7b6fd689d4",
+}
 
 _PACKAGE = Path(__file__).resolve().parent
 # An installed package carries its data inside; a clone has them in the folder beside it.
@@ -154,6 +161,18 @@ def _download(dataset: type, folder: Path) -> None:
             file.replace(folder / file.name)
 
 
+def _check_whole(full, name: str, split: str) -> None:
+    """Files can have the right form and the wrong content."""
+    digest = hashlib.sha256(full.data.numpy().tobytes())
+    digest.update(full.targets.numpy().astype(np.uint8).tobytes())
+    expected = FULL_SHA256[name, split]
+    if digest.hexdigest() != expected:
+        raise ValueError(
+            f"the SHA-256 of its {split} images and labels is {digest.hexdigest()[:16]}..., "
+            f"expected {expected[:16]}..."
+        )
+
+
 def _full(name: str, split: str, root: str | Path | None):
     root = Path(root or os.environ.get("RHOVAE_DATA") or _default_root())
     dataset, train = DATASETS[name], split == "train"
@@ -162,8 +181,10 @@ def _full(name: str, split: str, root: str | Path | None):
     try:
         if not complete:
             _download(dataset, folder)
-        return dataset(root, train=train)
-    except (RuntimeError, ValueError, OSError) as error:
+        full = dataset(root, train=train)
+        _check_whole(full, name, split)
+        return full
+    except Exception as error:  # damaged files fail in more ways than can be listed
         reason = f"({type(error).__name__}: {' '.join(str(error).split()).rstrip('; ')})"
     if complete:
         raise ValueError(

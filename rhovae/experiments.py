@@ -98,6 +98,10 @@ class Experiment:
     pictures: bool = True
 
     def __post_init__(self):
+        for name in ("dataset", "source", "architecture", "posterior", "objective",
+                     "initialisation", "kernel"):  # fmt: skip
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a name.")
         require_known("posterior", self.posterior, ALL_POSTERIORS)
         if not self.objective:
             implied = "as-published" if self.posterior in PUBLISHED_POSTERIORS else "elbo"
@@ -123,24 +127,30 @@ class Experiment:
                     f"objective={objective!r} or leave it out."
                 )
         for name in ("beta", "alpha", "lambda_", "clip_norm"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not 0 <= self._number(name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0.")
         for name in ("image_size", "gap_images"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
+            if type(value) is not int or value < 0:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 0.")
         for name in ("latent", "epochs", "batch_size", "iwae_samples", "iwae_images"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
-        if not isinstance(self.seed, int) or self.seed < 0:
+        if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer of at least 0.")
         for name in ("compiled", "pictures"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         for name in ("learning_rate", "head_scale"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if not 0 < self._number(name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be positive.")
+
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} is {value!r}; it must be a number.")
+        return value
 
     @property
     def name(self) -> str:

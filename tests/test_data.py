@@ -64,6 +64,13 @@ def write_full_set(root, folder="MNIST", train=30, test=20):
     return pixels
 
 
+@pytest.fixture
+def any_content(monkeypatch):
+    """For tests with small sets in the place of the real ones."""
+    monkeypatch.setattr(data, "_check_whole", lambda *_: None)
+
+
+@pytest.mark.usefixtures("any_content")
 def test_full_sets_in_torchvisions_layout(tmp_path, monkeypatch):
     pixels = write_full_set(tmp_path)
     train = load_images("mnist", "train", "full", root=tmp_path)
@@ -87,6 +94,7 @@ def test_full_data_missing_without_network(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "empty folders left behind"
 
 
+@pytest.mark.usefixtures("any_content")
 def test_a_download_shows_whole_files_or_none(tmp_path, monkeypatch):
     """Runs start together: what one sees of another's download must be complete."""
     raw = tmp_path / "MNIST" / "raw"
@@ -108,6 +116,12 @@ def test_a_truncated_full_set_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"full mnist in .*MNIST/raw is damaged .* delete"):
         load_images("mnist", source="full", root=tmp_path)
+
+
+def test_a_full_set_of_other_images_is_refused(tmp_path):
+    write_full_set(tmp_path)
+    with pytest.raises(ValueError, match=r"is damaged .*SHA-256 of its test images "):
+        load_images("mnist", "test", "full", root=tmp_path)
 
 
 @pytest.mark.parametrize(

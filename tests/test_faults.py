@@ -1,13 +1,31 @@
 """Faults put in on purpose: processes killed, files mutated, parameters that make no sense."""
 
+import dataclasses
 import json
+import math
 import os
+import random
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
-from rhovae.checkpoint import read_checkpoint
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-KILLS = int(os.environ.get("RHOVAE_KILLS", "20"))  # make test-long sets more
+from rhovae import Experiment, load_images
+from rhovae.checkpoint import Checkpoint, read_checkpoint
+from rhovae.data import DATA_FOLDER
+from rhovae.experiments import build_vae
+from rhovae.records import load_record
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS = int(os.environ.get("RHOVAE_KILLS", "20"))  # make test-long sets more of both
+FUZZ = int(os.environ.get("RHOVAE_FUZZ", "1000"))
 
 # A process that forks the runs, so that each starts in milliseconds with torch imported.
 KILLER = """
@@ -69,3 +87,109 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(tmp_path, with
         whole["optimizer"]["state"].values(), mended["optimizer"]["state"].values(), strict=True
     ):
         assert all(one[key].equal(other[key]) for key in one)
+
+
+def mutated(content, random):
+    """Bytes changed, cut off, doubled or put in."""
+    content = bytearray(content)
+    for _ in range(random.randint(1, 4)):
+        place = random.randrange(len(content) + 1)
+        kind = random.randrange(4)
+        if kind == 0 and place < len(content):
+            content[place] = random.randrange(256)
+        elif kind == 1:
+            del content[place : place + random.randrange(1, 50)]
+        elif kind == 2:
+            content[place:place] = random.randbytes(random.randrange(1, 20))
+        elif random.random() < 0.2:
+            content = content[:place]
+    return bytes(content)
+
+
+def refused(read, content, path, random, times):
+    """How many of the mutated contents were refused, each by a ValueError with the file's name."""
+    count = 0
+    for _ in range(times):
+        path.write_bytes(mutated(content, random))
+        try:
+            read()
+        except ValueError as error:
+            assert path.name in str(error) or str(path.parent) in str(error), error
+            count += 1
+    return count
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's unpickler about what it finds
+def test_mutated_files_bring_out_our_own_errors_only(tmp_path, monkeypatch):
+    """Records, checkpoints, the embedded sample and idx files; anything else would be raised."""
+    chance = random.Random(0)
+    record = next((DATA_FOLDER / "results" / "families").glob("*.json")).read_bytes()
+    path = tmp_path / "record.json"
+    count = refused(lambda: load_record(path), record, path, chance, 5 * FUZZ)
+    assert count > 2 * FUZZ, "most mutations of JSON are no JSON any more"
+
+    path = tmp_path / "run.pt"
+    vae = build_vae(Experiment("noise", source="own", latent=2), (1, 2, 2))
+    Checkpoint(path, run={"seed": 0}).save([{"epoch": 1}], vae, torch.optim.Adam(vae.parameters()))
+    small = path.read_bytes()
+    refused(lambda: read_checkpoint(path), small, path, chance, FUZZ)
+
+    folder = tmp_path / "embedded"
+    folder.mkdir()
+    monkeypatch.setattr("rhovae.data.DATA_FOLDER", tmp_path)
+    path = folder / "mnist.npz"
+    sample = random.Random(1).randbytes(3000)
+    assert refused(lambda: load_images("mnist"), sample, path, chance, FUZZ) == FUZZ
+
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix in ("train", "t10k"):
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx((5, 4, 4)))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx((5,)))
+    for path in (raw / "train-images-idx3-ubyte", raw / "train-labels-idx1-ubyte"):
+        whole = path.read_bytes()
+        read = partial(load_images, "mnist", "train", "full", root=tmp_path)
+        assert refused(read, whole, path, chance, FUZZ) == FUZZ
+        path.write_bytes(whole)
+
+
+def idx(shape):
+    header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+    return header + bytes(math.prod(shape))
+
+
+def test_parameters_of_any_text_are_values_or_our_own_errors():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from notebooks import value_of
+
+    chance = random.Random(0)
+    alphabet = "0123456789.eE+-[]{}:,\"'\\ \t\nabcxyz#&*!|>%@`~nulltrue"
+    for _ in range(2 * FUZZ):
+        text = "".join(chance.choices(alphabet, k=chance.randrange(12)))
+        try:
+            value_of(text)
+        except ValueError as error:
+            assert "is not a value" in str(error)
+
+
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        field.name: st.one_of(
+            st.integers(-3, 3), st.floats(), st.text(max_size=5), st.none(), st.booleans(),
+            st.lists(st.integers(), max_size=2), st.sampled_from(["mnist", "ar1", "elbo", "own"]),
+        )
+        for field in dataclasses.fields(Experiment)
+    },
+)  # fmt: skip
+
+
+@given(FIELDS)
+@settings(deadline=None, max_examples=FUZZ)
+def test_experiments_of_any_values_are_made_or_refused_in_our_words(values):
+    try:
+        experiment = Experiment(**{"dataset": "mnist"} | values)
+    except ValueError as error:
+        assert str(error).endswith((".", "'"))
+    else:
+        assert Experiment(**dataclasses.asdict(experiment)) == experiment

@@ -124,7 +124,11 @@ def value_of(text: str):
     try:
         return json.loads(text)
     except json.JSONDecodeError:
+        pass
+    try:
         return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        raise ValueError(f'{text!r} is not a value; write JSON: 0.001, "ar1", [1, 2].') from None
 
 
 def run(path: Path, out: Path, parameters: dict) -> None:
