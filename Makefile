@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export IPYKERNEL_CELL_NAME := <cell>
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce paper progress figures benchmark book test lint notebooks clean
+.PHONY: help setup reproduce paper progress figures benchmark book test test-long lint notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ test: $(READY)  ## lint, unit tests, doctests, and every cell of every notebook
 # Their outputs depend on training, hence on machine and threads; the cells assert what must hold.
 LAX := notebooks/00_rho_vae_in_one_page.ipynb notebooks/05_train.ipynb
 STRICT := $(filter-out $(LAX),$(wildcard notebooks/*.ipynb))
+
+test-long: $(READY)  ## kills, mutations and extremes in larger numbers: about half an hour
+	RHOVAE_KILLS=200 RHOVAE_FUZZ=20000 RHOVAE_EXAMPLES=5000 OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -q -n 2 tests/test_faults.py tests/test_extremes.py
 
 lint: $(READY)  ## check code and notebooks with ruff, and mend what can be mended
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -74,8 +74,6 @@ def from_fisher_z(fisher_z: Tensor) -> FromFisherZ:
         rho in [-1, 1]; the innovation scale in (0, 1], 0 only where sech(a) underflows; the
         logarithm, at most 0 and finite for every finite a.
     """
-    if torch.compiler.is_compiling():  # a compiler refuses what has a forward mode
-        return FromFisherZ(*_FisherZ.forward(fisher_z))
     return FromFisherZ(*_FisherZ.apply(fisher_z))
 
 
@@ -101,17 +99,11 @@ class _FisherZ(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         ctx.save_for_backward(*outputs[:2])
-        ctx.save_for_forward(*outputs[:2])
 
     @staticmethod
     def backward(ctx, of_rho, of_innovation, of_log):
         rho, innovation = ctx.saved_tensors
         return innovation * (of_rho * innovation - of_innovation * rho) - 2 * of_log * rho
-
-    @staticmethod
-    def jvp(ctx, a):
-        rho, innovation = ctx.saved_tensors
-        return a * innovation.square(), -a * innovation * rho, -2 * a * rho
 
 
 def scan(innovations: Tensor, rho: Tensor) -> Tensor:
@@ -129,13 +121,7 @@ def scan(innovations: Tensor, rho: Tensor) -> Tensor:
         x, shape (*batch, latent).
     """
     _check_rho_shape(rho, innovations.shape[-1])
-    return _chain(innovations, rho)
-
-
-def _chain(u: Tensor, rho: Tensor, innovation: Tensor | None = None, transposed: bool = False):
-    # A compiler refuses what has a forward mode.
-    function = _Chain if torch.compiler.is_compiling() else _ChainWithForwardMode
-    return function.apply(u, rho, innovation, transposed)
+    return _Chain.apply(innovations, rho, None, False)
 
 
 class _Chain(torch.autograd.Function):
@@ -144,7 +130,8 @@ class _Chain(torch.autograd.Function):
     u' = P^T x',    rho'_j = u'_{j+1} x_j     (a prime: derivative with respect to)
                                                                 (3.5), (3.6), notebooks/03
     With an innovation scale c, u is the noise e times (1, c), and e' = (1, c) u', c' = u' e.
-    The backward pass costs one scan the other way, whose derivative is a scan again.
+    The backward pass costs one scan the other way, whose derivative is a scan again. (There is no
+    forward mode: torch would nest it wrongly and silently, pytorch/pytorch#197867.)
     """
 
     @staticmethod
@@ -161,7 +148,7 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         rho, x, *noise = ctx.saved_tensors
-        run = _chain if torch.is_grad_enabled() else _doubling
+        run = _Chain.apply if torch.is_grad_enabled() else _doubling
         back = run(gradient, rho, None, not ctx.transposed)
         later, earlier = (x, back) if ctx.transposed else (back, x)
         of_rho = _sum_to(rho.shape, later[..., 1:] * earlier[..., :-1])
@@ -185,30 +172,7 @@ class _Chain(torch.autograd.Function):
             for t, dim in given
         ]
         innovation = mapped[2] if len(mapped) == 3 else None
-        return _chain(*mapped[:2], innovation, transposed), 0
-
-
-class _ChainWithForwardMode(_Chain):
-    """Beside the gradient, how x moves: dx = P ((1, c) du + (0, dc) u + drho S x)."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, x):
-        _Chain.setup_context(ctx, inputs, x)
-        u, rho, innovation, _ = inputs
-        ctx.save_for_forward(rho, x, *(() if innovation is None else (u, innovation)))
-
-    @staticmethod
-    def jvp(ctx, du, drho, dc, _):
-        rho, x, *noise = ctx.saved_tensors
-        t = ctx.transposed
-        moved = pad(drho * (x[..., 1:] if t else x[..., :-1]), (0, 1) if t else (1, 0))
-        if noise:
-            u, innovation = noise
-            moved = moved + du * _after_one(innovation, x.shape[-1])
-            moved = moved + pad(dc * u[..., 1:], (1, 0))
-        else:
-            moved = moved + du
-        return _chain(moved, rho, None, t)
+        return _Chain.apply(*mapped[:2], innovation, transposed), 0
 
 
 def _doubling(u, rho, innovation=None, transposed=False):
@@ -254,7 +218,8 @@ def correlate(noise: Tensor, rho: Tensor, innovation: Tensor | None = None) -> T
         ValueError: if rho has neither 1 nor latent - 1 entries.
     """
     _check_rho_shape(rho, noise.shape[-1])
-    return _chain(noise, rho, innovation_scale(rho) if innovation is None else innovation)
+    innovation = innovation_scale(rho) if innovation is None else innovation
+    return _Chain.apply(noise, rho, innovation, False)
 
 
 def whiten(x: Tensor, rho: Tensor, innovation: Tensor | None = None) -> Tensor:

@@ -184,6 +184,8 @@ def _full(name: str, split: str, root: str | Path | None):
         full = dataset(root, train=train)
         _check_whole(full, name, split)
         return full
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:  # damaged files fail in more ways than can be listed
         reason = f"({type(error).__name__}: {' '.join(str(error).split()).rstrip('; ')})"
     if complete:

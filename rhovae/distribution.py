@@ -114,6 +114,7 @@ class AR1Normal(Distribution):
                 ) from None
             parameters = {k: value.expand(*batch_shape, -1) for k, value in parameters.items()}
         self.__dict__.update(parameters)
+        self._given = name
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
         self._validate_args = (
             Distribution._validate_args if validate_args is None else validate_args
@@ -144,9 +145,9 @@ class AR1Normal(Distribution):
     def expand(self, batch_shape, _instance=None):
         new = self._get_checked_instance(AR1Normal, _instance)
         batch_shape = torch.Size(batch_shape)
-        for name in ("loc", "scale", "rho", "fisher_z"):
-            if name in self.__dict__:
-                new.__dict__[name] = self.__dict__[name].expand(*batch_shape, -1)
+        new._given = self._given
+        for name in ("loc", "scale", self._given):
+            new.__dict__[name] = getattr(self, name).expand(*batch_shape, -1)
         super(AR1Normal, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -165,13 +166,13 @@ class AR1Normal(Distribution):
 
     @lazy_property
     def _innovation(self) -> Tensor:
-        if "fisher_z" in self.__dict__:
+        if self._given == "fisher_z":
             return self._from_fisher_z.innovation_scale
         return ar1.innovation_scale(self.rho)
 
     @lazy_property
     def _log_det_correlation(self) -> Tensor:
-        if "fisher_z" in self.__dict__:
+        if self._given == "fisher_z":
             values = self._from_fisher_z.log_one_minus_rho_squared
             return ar1.sum_steps(values, self._latent - 1)
         return ar1.log_det(self.rho, self._latent)
@@ -224,14 +225,17 @@ class AR1Normal(Distribution):
         """Reparametrised draws, shape (*sample_shape, *batch, latent).      (3.2), notebooks/03"""
         shape = self._extended_shape(sample_shape)
         noise = _standard_normal(shape, dtype=self.loc.dtype, device=self.loc.device)
-        given = "fisher_z" in self.__dict__
-        rho, innovation = self._from_fisher_z[:2] if given else (self.rho, self._innovation)
+        if self._given == "fisher_z":
+            rho, innovation, _ = self._from_fisher_z
+        else:
+            rho, innovation = self.rho, self._innovation
         # Not addcmul: rounded in two steps, as in Normal, rho = 0 gives its draws to the last bit.
         return self.loc + self.scale * ar1.correlate(noise, rho, innovation)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, from the whitened value in O(d).             (2.2), notebooks/02"""
-        if self._validate_args and value.numel():  # torch's check cannot reshape an empty sample
+        # torch's check cannot reshape an empty sample.
+        if self._validate_args and not (isinstance(value, Tensor) and value.numel() == 0):
             self._validate_sample(value)
         noise = self._whiten((value - self.loc) / self.scale)
         constant = self._latent * math.log(2 * math.pi)
@@ -340,8 +344,8 @@ def _diagonal_parameters(distribution: Independent) -> tuple[Tensor, Tensor]:
     base = distribution.base_dist
     if not isinstance(base, Normal) or distribution.reinterpreted_batch_ndims != 1:
         raise NotImplementedError(
-            "The KL divergence with AR1Normal is known for Independent(Normal(...), 1), but the "
-            f"other distribution is {distribution}."
+            "This KL divergence is known for Independent(Normal(...), 1), but the other "
+            f"distribution is {distribution}."
         )
     return base.loc, base.scale
 

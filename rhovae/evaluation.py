@@ -44,7 +44,7 @@ def evaluate(
         if _has_neighbours(q):
             rhos.append(q.rho.mean(-1).sum())
     rho = (torch.stack(rhos).cpu().double().sum() / len(images)).item() if rhos else None
-    return means_per_image(sums, len(images)), rho
+    return means_per_image(torch.stack(sums), len(images)), rho
 
 
 def _has_neighbours(q: Distribution) -> bool:
@@ -52,9 +52,9 @@ def _has_neighbours(q: Distribution) -> bool:
     return hasattr(q, "rho") and q.event_shape[-1] > 1
 
 
-def means_per_image(sums: list[Tensor], count: int) -> dict[str, float]:
+def means_per_image(sums: Tensor, count: int) -> dict[str, float]:
     """Batch sums of Terms -> means per image in nats, with the negative ELBO beside the loss."""
-    total = torch.stack(sums).cpu().double().sum(0) / count
+    total = sums.cpu().double().sum(0) / count
     loss, reconstruction, kl = total.tolist()
     return {
         "loss": loss,

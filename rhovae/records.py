@@ -32,7 +32,8 @@ def save_record(record: dict, folder: str | Path) -> Path:
     except ValueError:
         raise ValueError(
             f"The record {record['name']} has a value that is not a finite number in "
-            f"{', '.join(_not_finite(record)) or 'an unknown place'}; it is not written."
+            f"{', '.join(_not_finite(record)) or 'an unknown place'}; it is not written. Look at "
+            "the loss in its history: a lower learning rate may be all it needs."
         ) from None
     write_whole(path, text.encode())
     return path
@@ -115,13 +116,17 @@ def _problem_of(record) -> str:
         return f"{wrong[0]} is a {type(record[wrong[0]]).__name__}"
     if record["schema"] != SCHEMA:
         return f"it has schema {record['schema']}"
-    for key in ("test", "iwae"):
-        for name, value in record[key].items():
+    for key, names in (("test", ("loss", "negative_elbo", "reconstruction", "kl")),
+                       ("iwae", ("nll", "negative_elbo"))):  # fmt: skip
+        for name in names:
+            value = record[key].get(name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 return f"{key}.{name} is a {type(value).__name__}"
-    if not record["history"] or not all(isinstance(entry, dict) for entry in record["history"]):
+    epochs = {"epoch", "train", "test"}
+    if not all(isinstance(entry, dict) and epochs <= entry.keys() for entry in record["history"]):
         return "its history is not a list of epochs"
-    return ""
+    infinite = _not_finite(record)
+    return f"{infinite[0]} is not a finite number" if infinite else ""
 
 
 def load_records(folder: str | Path, **configuration) -> list[dict]:

@@ -1,5 +1,6 @@
 """Fit a VAE: epochs over images that are already in memory, one history entry per epoch."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -62,7 +63,9 @@ def fit(
         objective: (q, z, logits, x) -> Terms, per image.
         epochs, batch_size, learning_rate: the schedule; the last, smaller batch is kept.
         seed: of the order of the images and of the posterior draws.
-        clip_norm: the norm to which a larger gradient is shortened; 0 for no limit.
+        clip_norm: the norm to which a larger gradient is shortened; 0 for no limit. It helps
+            against single batches with a large gradient. Adam divides a constant factor out
+            again, so against a learning rate that is too high it does not.
         compiled: let torch.compile make one piece of code of model, objective and gradient, on a
             GPU as a CUDA graph. Needs a C++ compiler and takes seconds before the first step.
         progress: show a tqdm bar over epochs.
@@ -73,9 +76,9 @@ def fit(
         One entry per epoch: epoch, train and test means in nats per image (loss, negative_elbo,
         reconstruction, kl), the mean rho over test images (None without a rho), and seconds.
     Raises:
-        FloatingPointError: a training or test loss that is no longer finite, with epoch, step, the
-            last finite loss and the largest gradient. The checkpoint stays that of the epoch
-            before.
+        FloatingPointError: a training or test loss that is no longer finite, with epoch and step,
+            and loss and largest gradient of the last step before. The checkpoint stays that of
+            the epoch before.
     """
     # The fused kernel is the fastest where measured, and not there on every device.
     fused = train.device.type in ("cpu", "cuda")
@@ -92,19 +95,30 @@ def fit(
     for epoch in bar:
         start = time.perf_counter()
         set_seed(seed, 1, epoch)
-        try:
-            train_means = train_epoch(vae, train, loss_of, optimizer, batch_size, clip_norm)
-        except FloatingPointError as error:
+        before = copy.deepcopy((vae.state_dict(), optimizer.state_dict()))
+        sums = train_epoch(vae, train, loss_of, optimizer, batch_size, clip_norm)
+        bad = (~sums[:, 0].isfinite()).nonzero()
+        if len(bad):
+            step = bad[0].item()
+            vae.load_state_dict(before[0])
+            optimizer.load_state_dict(before[1])
+            set_seed(seed, 1, epoch)  # once more, as far as all was well
+            train_epoch(vae, train, loss_of, optimizer, batch_size, clip_norm, steps=step)
+            last = _last_step(vae, sums[:step, 0], batch_size)
             raise FloatingPointError(
-                f"{error} This was epoch {epoch} of {epochs}; lower the learning rate (it is "
-                f"{learning_rate}) or limit the gradient by clip_norm (it is {clip_norm})."
-            ) from None
+                f"The training loss became {sums[step, 0].item()} in step {step + 1} of "
+                f"{len(sums)} of epoch {epoch} of {epochs}; {last}. Lower the learning rate (it is "
+                f"{learning_rate}); if single batches are to blame, clip_norm (it is {clip_norm}) "
+                "limits their gradient."
+            )
+        train_means = means_per_image(sums, len(train))
         set_seed(seed, 2)  # the same draws after every epoch, so that curves show the model move
         test_means, rho = evaluate(vae, test, objective, batch_size)
         if not all(map(math.isfinite, test_means.values())):
             raise FloatingPointError(
-                f"The test loss became {test_means['loss']} after epoch {epoch} of {epochs}; lower "
-                f"the learning rate (it is {learning_rate})."
+                f"The test loss became {test_means['loss']} after epoch {epoch} of {epochs}, with "
+                f"a training loss of {train_means['loss']:.6g}; lower the learning rate (it is "
+                f"{learning_rate})."
             )
         entry = {"epoch": epoch, "train": train_means, "test": test_means, "rho": rho}
         history.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
@@ -142,11 +156,12 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     batch_size: int,
     clip_norm: float = 0.0,
-) -> dict[str, float]:
-    """One pass in random order; means over the images, each seen with the weights of its step.
+    steps: int | None = None,
+) -> Tensor:
+    """One pass in random order; the loss of each batch, with the weights of its step.
 
     Images stay where they are, as bytes; a step gathers and scales its own. Nothing is asked of
-    the device before the last step.
+    the device.
 
     Args:
         vae: the model; left in training mode.
@@ -155,15 +170,14 @@ def train_epoch(
         optimizer: of the model's parameters.
         batch_size: images in a step; the last, smaller batch is kept.
         clip_norm: the norm to which a larger gradient is shortened; 0 for no limit.
+        steps: how many batches of the pass to take; all if None.
     Returns:
-        Means in nats per image: loss, negative_elbo, reconstruction, kl.
-    Raises:
-        FloatingPointError: a loss that is no longer finite, seen after the last step.
+        Sums over each batch of loss, reconstruction and KL in nats, (batches, 3).
     """
     vae.train()
     order = torch.randperm(len(images)).to(images.device)
     sums = []
-    for indices in order.split(batch_size):
+    for indices in order.split(batch_size)[:steps]:
         loss, of_batch = loss_of(to_unit_interval(images.index_select(0, indices)))
         optimizer.zero_grad()
         loss.backward()
@@ -171,21 +185,16 @@ def train_epoch(
             torch.nn.utils.clip_grad_norm_(vae.parameters(), clip_norm)
         optimizer.step()
         sums.append(of_batch)
-    _require_finite(vae, torch.stack(sums)[:, 0], batch_size)
-    return means_per_image(sums, len(images))
+    return torch.stack(sums) if sums else torch.zeros(0, 3, device=images.device)
 
 
-def _require_finite(vae: VAE, losses: Tensor, batch_size: int) -> None:
-    """Raise with what can be known of it if the summed loss of a step was not finite."""
-    bad = (~losses.isfinite()).nonzero()
-    if not len(bad):
-        return
-    step = bad[0].item()
-    last = f"{losses[step - 1].item() / batch_size:.6g} nats per image" if step else "none"
-    largest = {name: p.grad.abs().max().nan_to_num(math.inf) for name, p in vae.named_parameters()}
-    name = max(largest, key=largest.get)
-    raise FloatingPointError(
-        f"The training loss became {losses[step].item()} in step {step + 1} of {len(losses)}; the "
-        f"last finite one was {last}, and the largest gradient is that of {name} "
-        f"({largest[name].item():.3g})."
+def _last_step(vae: VAE, losses: Tensor, batch_size: int) -> str:
+    """The loss of the last step that was taken, and where its gradient was largest."""
+    gradients = {n: p.grad.abs().max() for n, p in vae.named_parameters() if p.grad is not None}
+    if not len(losses) or not gradients:
+        return "no step of it went well"
+    name = max(gradients, key=gradients.get)
+    return (
+        f"the step before had {losses[-1].item() / batch_size:.6g} nats per image, and its largest "
+        f"gradient in {name} ({gradients[name].item():.3g})"
     )

@@ -457,9 +457,9 @@ def test_own_images_go_with_their_source(images):
 
 
 LOSS_EXPLODED = (
-    r"The training loss became (nan|-?inf) in step \d of 3; the last finite one was .*, and the "
-    r"largest gradient is that of [\w.]+ \(.*\). This was epoch \d+ of 20; lower the learning rate "
-    r"\(it is 10000.0\) or limit the gradient by clip_norm"
+    r"The training loss became (nan|-?inf) in step [23] of 3 of epoch 1 of 20; the step before had "
+    r"[\d.e+]+ nats per image, and its largest gradient in (encoder|posterior|decoder)[\w.]+ "
+    r"\([\d.e+]+\). Lower the learning rate \(it is 10000.0\)"
 )
 
 
@@ -542,9 +542,7 @@ def test_images_are_resized_for_a_network_that_needs_it(images):
     assert "image_size=64" in record["name"]
 
 
-def test_a_limited_gradient_survives_a_learning_rate_that_explodes_without(images):
-    history = run(images, epochs=3, learning_rate=0.1, clip_norm=1e-3)["history"]
-    assert all(math.isfinite(entry["test"]["loss"]) for entry in history)
+def test_clip_norm_limits_the_length_of_a_step(images):
     vae = build_vae(Experiment(**SMALL), (1, 8, 8))
     moved = copy.deepcopy(vae)
     optimizer = torch.optim.SGD(moved.parameters(), lr=1.0)
@@ -561,7 +559,7 @@ def test_the_last_good_checkpoint_outlives_an_explosion(images, tmp_path):
     state = torch.load(path, weights_only=True)
     state["optimizer"]["param_groups"][0]["lr"] = 1e4  # a fault in the middle of the run
     torch.save(state, path)
-    with pytest.raises(FloatingPointError, match="This was epoch"):
+    with pytest.raises(FloatingPointError, match="The training loss became"):
         run(images, checkpoints=tmp_path, epochs=30)
     state = read_checkpoint(path)
     assert 2 <= len(state["history"]) < 30

@@ -1,5 +1,6 @@
 """AR1Normal at the ends of the number formats, against mpmath with 50 digits."""
 
+import math
 import os
 
 import mpmath
@@ -29,9 +30,13 @@ def chain(batch, latent, dtype, mean, log10_scale, fisher_z):
     return AR1Normal(loc, scale, fisher_z=a), (loc, scale, a)
 
 
+def first(tensor):
+    return tensor.detach().double().flatten()[0].item()
+
+
 def exact(parameters, latent):
     """Parts that add up to the entropy and to the KL to N(0, I), of the numbers as rounded."""
-    mean, scale, a = (mpmath.mpf(p.detach().double().flatten()[0].item()) for p in parameters)
+    mean, scale, a = (mpmath.mpf(first(p)) for p in parameters)
     log_sech = -mpmath.log(mpmath.cosh(a))
     half_log_det = [latent * mpmath.log(scale), (latent - 1) * log_sech]
     entropy = [latent * (1 + mpmath.log(2 * mpmath.pi)) / 2, *half_log_det]
@@ -55,13 +60,8 @@ def test_entropy_and_kl(batch, latent, dtype, mean, log10_scale, fisher_z):
             if size > torch.finfo(dtype).max / 4:
                 continue  # no number of this format
             assert value.isfinite().all()
-            error = abs(mpmath.mpf(value.detach().double().flatten()[0].item()) - total)
+            error = abs(mpmath.mpf(first(value)) - total)
             assert error <= TOLERANCE[dtype] * size
-            gradients = torch.autograd.grad(
-                value.sum(), parameters, allow_unused=True, retain_graph=True
-            )
-            for gradient in gradients:
-                assert gradient is None or gradient.isfinite().all()
 
 
 @given(BATCHES, LATENTS, DTYPES, st.floats(-1e4, 1e4), st.floats(-18, 18), st.floats(-40, 40))
@@ -74,10 +74,32 @@ def test_draws_are_finite_and_so_are_their_gradients(
     assert z.shape == (2, *batch, latent) and z.isfinite().all()
     for gradient in torch.autograd.grad(z.sum(), parameters):
         assert gradient.isfinite().all()
-    # At its mode the density is 1 / sqrt(det 2 pi Cov), whatever rho rounds to.
-    peak = q.log_prob(q.loc) + q.entropy()
-    allowed = 4 * TOLERANCE[dtype] * (latent + q.entropy().abs())
-    assert ((peak - latent / 2).abs() <= allowed).all()
+
+
+@given(BATCHES, LATENTS, DTYPES, st.floats(-1e4, 1e4), st.floats(-9, 9), st.floats(-40, 40))
+@settings(deadline=None, max_examples=EXAMPLES)
+def test_the_density_at_the_mode_and_the_gradient_of_the_kl(
+    batch, latent, dtype, mean, log10_scale, fisher_z
+):
+    """log p = -1/2 log det 2 pi Cov at the mode; KL' = m, d (s - 1 / s), (d - 1) tanh(a)."""
+    if 0 in batch:
+        return
+    q, parameters = chain(batch, latent, dtype, mean, log10_scale, fisher_z)
+    (_, *half_log_det), _ = exact(parameters, latent)
+    with mpmath.workdps(50):
+        parts = [-latent * mpmath.log(2 * mpmath.pi) / 2, *(-part for part in half_log_det)]
+        error = abs(mpmath.mpf(first(q.log_prob(q.loc))) - mpmath.fsum(parts))
+        assert error <= TOLERANCE[dtype] * mpmath.fsum(map(abs, parts))
+
+    prior = Independent(Normal(torch.zeros(latent, dtype=dtype), torch.ones((), dtype=dtype)), 1)
+    total = kl_divergence(q, prior).sum()
+    found = torch.autograd.grad(total, parameters)
+    m, s, a = map(first, parameters)
+    images = math.prod(batch)
+    expected = (m, latent * (s - 1 / s), images * (latent - 1) * math.tanh(a))
+    parts = (abs(m), latent * (s + 1 / s), images * latent)
+    for gradient, value, size in zip(found, expected, parts, strict=True):
+        assert abs(first(gradient) - value) <= 4 * TOLERANCE[dtype] * size
 
 
 @pytest.mark.parametrize("latent", (2, 20, 4096))

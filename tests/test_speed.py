@@ -14,6 +14,7 @@ from rhovae.training import batch_loss, train_epoch
 
 pytestmark = pytest.mark.usefixtures("float32")
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 CHAIN = """
 q = AR1Normal(torch.randn(16, 100_000, requires_grad=True), torch.ones(16, 1, requires_grad=True),
               torch.full((16, {steps}), 0.9, requires_grad=True))
@@ -31,11 +32,14 @@ iwae_nll(vae, images, samples={samples})
 def peak_growth(code: str) -> float:
     """MiB by which a process of its own grows at most while it runs the code."""
     program = f"""
-import resource, torch
+import torch
 from rhovae import AR1Normal, Experiment
 from rhovae.evaluation import iwae_nll
 from rhovae.experiments import build_vae
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():
+    # Not getrusage: its peak is that of whoever started this process, if that was higher.
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 before = peak()
 {code}
 print(peak() - before)
@@ -43,12 +47,14 @@ print(peak() - before)
     return float(subprocess.check_output([sys.executable, "-c", program], text=True))
 
 
+@LINUX
 @pytest.mark.parametrize("steps", (1, 99_999))
 def test_a_chain_of_100_000_needs_no_matrix(steps):
     """One 100,000 x 100,000 matrix would take 37 GiB; draws and gradients take some vectors."""
     assert peak_growth(CHAIN.format(steps=steps)) < 512
 
 
+@LINUX
 def test_memory_does_not_grow_with_importance_samples():
     # 5,000 decoded samples of 50 images at once would be 750 MiB.
     few, many = (peak_growth(IWAE.format(samples=n)) for n in (500, 5000))
@@ -78,17 +84,16 @@ def test_an_epoch_asks_the_device_only_once():
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_training_is_training():
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
+    except Exception as error:
+        pytest.skip(f"no working compiler here: {type(error).__name__}")
     train = torch.randint(0, 64, (200, 8, 8)).to(torch.uint8)
     losses = []
     for compiled in (False, True):
         experiment = Experiment("noise", source="own", latent=3, epochs=3, batch_size=50,
                                 compiled=compiled, pictures=False, iwae_samples=5)  # fmt: skip
-        try:
-            record = run_experiment(
-                experiment, train=train, test=train, device="cpu", progress=False
-            )
-        except torch._inductor.exc.InductorError as error:
-            pytest.skip(f"no working compiler here: {error}")
+        record = run_experiment(experiment, train=train, test=train, device="cpu", progress=False)
         losses.append(record["history"][-1]["test"]["loss"])
     # The draws are others; over 200 images their mean is nearly the same.
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
