@@ -32,6 +32,7 @@ progress: $(READY)  ## how far make paper is
 figures: $(READY)  ## redraw figures/ from the committed records
 	$(BIN)/python tools/notebooks.py run runs/executed/04_published_code.ipynb notebooks/04_published_code.ipynb -p save_to figures
 	$(BIN)/python tools/notebooks.py run runs/executed/06_paper_figures.ipynb notebooks/06_paper_figures.ipynb -p save_to figures
+	$(BIN)/python tools/notebooks.py run runs/executed/07_which_posterior.ipynb notebooks/07_which_posterior.ipynb -p save_to figures
 
 benchmark: $(READY)  ## time sampler, densities and training into data/results/speed.json (with Pythae: pip install -e '.[pythae]')
 	$(BIN)/python tools/benchmark.py $(ARGS)

@@ -2,6 +2,7 @@
 #
 #     snakemake --cores 2                                        everything, into runs/full
 #     snakemake --cores 2 --config grids=convolutional           a part
+#     snakemake --cores 2 --config grids=families,gaps,rows      notebook 07's, some hours
 #     snakemake --cores 2 --config results=data/results figures=figures       what is committed
 #     snakemake --workflow-profile profiles/slurm                on a cluster
 #
@@ -49,6 +50,8 @@ PAPER_FIGURES = [f"{FIGURES}/06_figure_{number}_full.svg" for number in NUMBERS]
 ALL = records(*CHOSEN)
 ALL += PAPER_FIGURES if "audit" in CHOSEN else []
 ALL += [f"{FIGURES}/04_decomposition.svg"] if {"audit", "control"} <= set(CHOSEN) else []
+FAMILIES = ("families", "gaps", "rows")
+ALL += [f"{FIGURES}/07_recommendation.svg"] if set(FAMILIES) <= set(CHOSEN) else []
 
 
 wildcard_constraints:
@@ -118,5 +121,24 @@ rule audit_figures:
         runtime=60,
     message:
         "drawing the audit"
+    shell:
+        "{RUN} {log:q} {params.notebook:q} {params.settings}"
+
+
+rule family_figures:
+    input:
+        records(*FAMILIES),
+    output:
+        f"{FIGURES}/07_recommendation.svg",
+    log:
+        f"{RUNS}/notebooks/07_which_posterior.ipynb",
+    params:
+        notebook=NOTEBOOKS / "07_which_posterior.ipynb",
+        settings=command_line(results=absolute(RESULTS), save_to=absolute(FIGURES)),
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    message:
+        "drawing which posterior to use"
     shell:
         "{RUN} {log:q} {params.notebook:q} {params.settings}"
