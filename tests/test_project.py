@@ -121,3 +121,25 @@ def test_pre_commit_lints_with_the_version_of_the_constraints():
     text = (ROOT / ".pre-commit-config.yaml").read_text()
     pinned = re.search(r"^ruff==\S+", (ROOT / "constraints.txt").read_text(), flags=re.M)[0]
     assert set(re.findall(r"ruff==[\d.]+", text)) == {pinned}
+
+
+def test_what_the_readme_says_of_the_families_is_in_the_records():
+    """Behind by more than one nat and almost three; two nats on one of two sets by rows."""
+    from rhovae.data import DATA_FOLDER
+    from rhovae.records import by_posterior, load_records, paired_difference, student_interval
+
+    def ahead(grid, dataset, posterior, latent):
+        records = load_records(DATA_FOLDER / "results" / grid, dataset=dataset, latent=latent)
+        groups = by_posterior(records)
+        return paired_difference(
+            groups[posterior], groups["diagonal"], lambda r: r["test"]["negative_elbo"]
+        )
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "behind by more than one nat (MNIST) and almost three (Fashion-MNIST)" in text
+    assert 1 < ahead("families", "mnist", "ar1", 20).mean() < 2
+    assert 2.5 < ahead("families", "fashion-mnist", "ar1", 20).mean() < 3
+    assert "by two nats on one of two sets in a VAE with one latent variable per image row" in text
+    fashion, mnist = (ahead("rows", d, "ar1-stepped", 28) for d in ("fashion-mnist", "mnist"))
+    assert -2.5 < fashion.mean() < -1.5 and student_interval(fashion)[1] < 0
+    assert student_interval(mnist)[1] > 0
