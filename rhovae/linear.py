@@ -54,7 +54,7 @@ def spectral_gap(shape: Tensor, variances: Tensor) -> Tensor:
 
 
 def trained_gap(shape: Tensor, variances: Tensor) -> Tensor:
-    """The same after training, in nats: the decoder gives way to the family.  (7.7), notebooks/07
+    """The same after training, in nats: the decoder gives way to the family.  (7.6), notebooks/07
 
     d log of the arithmetic over the geometric mean of sqrt(c_i / v_i): at most `spectral_gap`, and
     half of it where the spread is small.
