@@ -136,7 +136,7 @@ def test_what_the_readme_says_of_the_families_is_in_the_records():
         )
 
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert "behind by more than one nat (MNIST) and almost three (Fashion-MNIST)" in text
+    assert "with 20 by more than one nat (MNIST) and almost three (Fashion-MNIST)" in text
     assert 1 < ahead("families", "mnist", "ar1", 20).mean() < 2
     assert 2.5 < ahead("families", "fashion-mnist", "ar1", 20).mean() < 3
     assert "by two nats on one of two sets in a VAE with one latent variable per image row" in text
