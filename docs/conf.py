@@ -26,6 +26,7 @@ root_doc = "index"
 
 nb_execution_mode = "off"  # the committed outputs are those that CI has checked
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # outputs hold tables, which plain CommonMark does not know
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type"]

@@ -34,10 +34,11 @@ def test_problems_of_a_site_are_found(tmp_path):
         '<p><a href="there.html#place">fine</a> <a href="https://example.org/x">fine</a>'
         r'<span class="math notranslate">\(\rho\)</span> <code>\rho</code> 10 $ and 20 $'
         '<a href="nowhere.html">1</a> <a href="there.html#elsewhere">2</a> <img src="no.png">'
-        r"a formula $\rho_1$ and another \frac 1 2"
+        r"a formula $\rho_1$ and another \frac 1 2, $-$ELBO | a | b | |—|—| | 1 | 2 |"
         '<script src="https://cdn.example.org/mathjax.js"></script></p>'
     )
     found = book.problems(tmp_path)
-    assert len(found) == 6, found
-    for part in ("nowhere.html", "#elsewhere", "no.png", r"$\rho", r"\frac", "mathjax.js"):
+    assert len(found) == 8, found
+    links, shown = ("nowhere.html", "#elsewhere", "no.png", "mathjax.js"), (r"$\rho", r"\frac")
+    for part in (*links, *shown, "$-$", "|—|—|"):
         assert sum(part in problem for problem in found) == 1, (part, found)

@@ -1,7 +1,7 @@
 """Render README, notebooks and docstrings into a static site: python tools/book.py [--out FOLDER]
 
 Works without a network. Warnings are errors; so are broken links inside the site, missing
-pictures, and formulas that the site would show as raw TeX.
+pictures, and formulas and tables that the site would show as text.
 """
 
 import argparse
@@ -22,6 +22,7 @@ COPIED = (
     "data/README.md",
 )
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"  # would need the network
+RAW_TEX = r"\$[^$\n]*\\[a-zA-Z]+|\$[^$\s]{1,20}\$|\\(?:frac|mathcal|begin|rho)\b"
 CONTENTS = """
 
 ```{{toctree}}
@@ -90,7 +91,7 @@ class Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """Broken links inside the site, missing files, and raw TeX on its pages."""
+    """Broken links inside the site, missing files, and TeX or tables shown as text."""
     pages = {path: Page(path) for path in site.rglob("*.html") if "_static" not in path.parts}
     found = []
     for path, page in pages.items():
@@ -106,10 +107,11 @@ def problems(site: Path) -> list[str]:
                 found.append(f"{path.relative_to(site)} points to {link}, which is not there")
             elif anchor and there in pages and anchor not in pages[there].anchors:
                 found.append(f"{path.relative_to(site)} points to {link}; no such place")
-        for raw in re.findall(
-            r"\$[^$\n]*\\[a-zA-Z]+|\\(?:frac|mathcal|begin|rho)\b", " ".join(page.text)
-        ):
+        for raw in re.findall(RAW_TEX, " ".join(page.text)):
             found.append(f"{path.relative_to(site)} shows raw TeX: {raw[:60]}")
+        # The marks between dashes of |---|---| may have been made typographic.
+        if table := re.search(r"\|(?:\s*:?[-–—]+:?\s*\|){2,}", " ".join(page.text)):
+            found.append(f"{path.relative_to(site)} shows the text of a table: {table[0][:60]}")
     return found
 
 
