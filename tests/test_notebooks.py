@@ -1,14 +1,21 @@
 """The committed notebooks: executed, in normal form, and clean of what one machine left."""
 
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
+import reproduce  # noqa: E402
+
 import notebooks as tool  # noqa: E402
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -95,13 +102,59 @@ def test_unknown_parameters_are_refused():
         tool.check_parameters(ROOT / "notebooks" / "05_train.ipynb", {"latnt": 3, "latent": 3})
 
 
-def test_a_failing_cell_is_named(tmp_path):
-    cells = [nbformat.v4.new_code_cell("x = 1"), nbformat.v4.new_code_cell("1 / 0")]
-    path = tmp_path / "broken.ipynb"
+def notebook_of(path, *cells):
+    cells = [nbformat.v4.new_code_cell(text) for text in cells]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=tool.METADATA), path)
+    return path
+
+
+def test_a_failing_cell_is_named(tmp_path):
+    path = notebook_of(tmp_path / "broken.ipynb", "x = 1", "1 / 0")
     message = r"broken.ipynb failed in code cell 2: ZeroDivisionError: division by zero"
     with pytest.raises(SystemExit, match=message):
         tool.run(path, tmp_path / "out" / "broken.ipynb", {})
+
+
+def test_a_dead_kernel_is_named(tmp_path):
+    kill = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    path = notebook_of(tmp_path / "dead.ipynb", "x = 1", kill, "y = 2")
+    message = r"dead.ipynb failed in code cell 2: its kernel died, as when memory runs out"
+    with pytest.raises(SystemExit, match=message):
+        tool.run(path, tmp_path / "out" / "dead.ipynb", {})
+
+
+def test_the_main_job_stops_at_the_first_failure(tmp_path, monkeypatch):
+    notebook_of(tmp_path / "01_fine.ipynb", "x = 1")
+    notebook_of(tmp_path / "02_broken.ipynb", "raise ValueError('no')")
+    notebook_of(tmp_path / "03_never.ipynb", "open('seen', 'w')")
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"02_broken.ipynb failed in code cell 1: ValueError: no"):
+        reproduce.main()
+    made = tmp_path / "runs" / "embedded" / "notebooks"
+    assert {path.name for path in made.iterdir()} == {"01_fine.ipynb", "02_broken.ipynb"}
+    assert not (tmp_path / "seen").exists()
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_an_interrupted_notebook_leaves_no_process(tmp_path, how, code):
+    started = tmp_path / "started"
+    note = f"open({str(started)!r}, 'w').close()"
+    path = notebook_of(tmp_path / "slow.ipynb", f"{note}\nimport time\ntime.sleep(300)")
+    command = [sys.executable, tool.__file__, "run", tmp_path / "out.ipynb", path]
+    head = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not started.is_file():
+        assert head.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(head.pid).children(recursive=True)
+    assert family, "the kernel"
+    os.killpg(head.pid, how)
+    _, error = head.communicate(timeout=30)
+    assert head.returncode == code
+    assert how != signal.SIGINT or "Interrupted in slow.ipynb" in error
+    _, left = psutil.wait_procs(family, timeout=20)
+    assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
 
 
 @every_notebook

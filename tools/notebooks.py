@@ -20,6 +20,7 @@ import nbformat
 import papermill
 import tomllib
 import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,6 +154,16 @@ def run(path: Path, out: Path, parameters: dict) -> None:
             f"{path.name} failed in code cell {error.exec_count}: {error.ename}: {error.evalue}\n"
             f"The notebook up to there is {out}."
         ) from None
+    except DeadKernelError:
+        cells = [cell for cell in read(out).cells if cell.cell_type == "code"]
+        begun = sum(bool(cell.metadata["papermill"]["start_time"]) for cell in cells)
+        raise SystemExit(
+            f"{path.name} failed in code cell {begun}: its kernel died, as when memory runs out or "
+            f"somebody kills it.\nThe notebook up to there is {out}."
+        ) from None
+    except KeyboardInterrupt:
+        print(f"\nInterrupted in {path.name}; its kernel has been stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def main() -> None:
