@@ -1,7 +1,9 @@
 """The grid: what is planned, what a kill leaves, and how far it says it is."""
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -161,3 +163,29 @@ def test_a_killed_grid_goes_on_and_ends_as_if_nothing_had_been(tmp_path, without
     lines = progress.progress(tmp_path, tmp_path / "results", {"smoke": experiments})
     assert lines == ["smoke: 2 of 2 records, 10 of 10 epochs (100%)"]
     assert planned(tmp_path, grids="smoke")[0] == {}
+
+
+def test_a_second_grid_is_refused_and_ctrl_c_leaves_no_process_and_no_lock(tmp_path):
+    """Two `make paper` at once: the second is told so, the first never notices."""
+    start = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = subprocess.Popen(command(tmp_path, grids="smoke"), start_new_session=True, **start)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "checkpoints").glob("*.pt")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(first.pid).children(recursive=True)
+    assert len(family) >= 2, "jobs and their kernels"
+    for process in family:
+        process.suspend()  # or they might be done before the second is refused
+    second = subprocess.run(command(tmp_path, grids="smoke"), capture_output=True, text=True)
+    assert second.returncode != 0
+    assert "Directory cannot be locked" in second.stdout + second.stderr
+    for process in family:
+        process.resume()
+    assert first.poll() is None
+    os.killpg(first.pid, signal.SIGINT)  # what a terminal sends
+    text, _ = first.communicate(timeout=60)
+    assert first.returncode != 0, text
+    _, left = psutil.wait_procs(family, timeout=20)
+    assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
+    assert planned(tmp_path, grids="smoke")[0] == {"experiment": 2}, "not locked, nothing half-done"
