@@ -162,6 +162,11 @@ def test_own_images_of_the_wrong_kind_are_refused(images, sentence):
         as_images(images)
 
 
+def test_images_that_are_no_bytes_are_not_scaled():
+    with pytest.raises(ValueError, match=r"type torch.float64; convert them with as_images first"):
+        data.to_unit_interval(torch.zeros(1, 1, 2, 2))
+
+
 def test_the_fingerprint_sees_every_pixel():
     images = torch.zeros(2, 1, 3, 3, dtype=torch.uint8)
     before = data.fingerprint(images)

@@ -391,6 +391,7 @@ def test_the_name_of_a_record_tells_what_is_not_default():
         (lambda text: re.sub(r'"nll": [\d.]+', '"nll": NaN', text), "it has NaN for a number"),
         (lambda text: re.sub(r'"nll": [\d.]+', '"nll": "low"', text), "iwae.nll is a str"),
         (lambda text: re.sub(r'"history": \[', '"history": [1, ', text), "not a list of epochs"),
+        (lambda text: text.replace('"history": [', '"history": {}, "x": ['), "history is a dict"),
         (lambda text: text.replace('"schema": 1', '"schema": 2'), "it has schema 2; delete it"),
         (lambda text: text.replace('"iwae"', '"nll"'), "it lacks iwae; delete it"),
     ],
@@ -425,6 +426,8 @@ def test_a_record_with_nan_is_not_written(images, tmp_path):
         (dict(objective="iwae"), "Unknown objective 'iwae'; known are 'elbo', 'beta-elbo'"),
         (dict(initialisation="zeros"), "Unknown initialisation 'zeros'"),
         (dict(kernel="linear"), "Unknown kernel 'linear'; known are 'rbf', 'imq'"),
+        (dict(posterior=["ar1"]), r"posterior is \['ar1'\]; it must be a name"),
+        (dict(learning_rate="1e-3"), "learning_rate is '1e-3'; it must be a number"),
         (dict(beta=4.0), "beta has no effect with objective 'elbo'; choose objective='beta-elbo'"),
         (dict(objective="beta-elbo", beta=-1.0), "beta is -1.0; it must be at least 0"),
         (dict(image_size=-2), "image_size is -2"),
@@ -466,6 +469,16 @@ LOSS_EXPLODED = (
 def test_a_loss_that_explodes_stops_the_run(images):
     with pytest.raises(FloatingPointError, match=LOSS_EXPLODED):
         run(images, epochs=20, learning_rate=1e4)
+
+
+def test_a_test_loss_that_explodes_stops_the_run(images, monkeypatch):
+    monkeypatch.setattr(training, "evaluate", lambda *_: ({"loss": math.inf}, None))
+    sentence = (
+        r"test loss became inf after epoch 1 of 3, with a training loss of [\d.]+; lower the "
+        r"learning rate \(it is 0.001\)"
+    )
+    with pytest.raises(FloatingPointError, match=sentence):
+        run(images, epochs=3)
 
 
 def test_devices_and_seeds():
