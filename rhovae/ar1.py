@@ -149,8 +149,7 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         rho, x, *noise = ctx.saved_tensors
-        run = _Chain.apply if torch.is_grad_enabled() else _doubling
-        back = run(gradient, rho, None, not ctx.transposed)
+        back = _Chain.apply(gradient, rho, None, not ctx.transposed)
         later, earlier = (x, back) if ctx.transposed else (back, x)
         of_rho = _sum_to(rho.shape, later[..., 1:] * earlier[..., :-1])
         of_innovation = None

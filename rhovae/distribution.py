@@ -45,6 +45,8 @@ class AR1Normal(Distribution):
     the posterior of rho-VAE, with s = scale^2; per-dimension scales and per-step correlations give
     the general Gauss-Markov chain; rho = 0 the diagonal normal. Sampling costs O(d log d) at depth
     O(log d), everything else O(d), except the dense matrices, which are formed only when asked for.
+    What follows from the parameters is computed once and kept, with its graph, as in torch's own:
+    after a parameter has changed in place (a step of an optimiser), make a new instance.
 
     Args:
         loc: mean, shape (*batch, latent).

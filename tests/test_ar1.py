@@ -132,6 +132,11 @@ def test_function_transforms():
     each = torch.func.vmap(torch.func.grad(loss))(rho, noise)
     rho.requires_grad_()
     torch.testing.assert_close(each, torch.autograd.grad(loss(rho, noise), rho)[0], **EXACT)
+    with torch.no_grad():  # which the transforms do not heed
+        again = torch.func.vmap(torch.func.jacrev(loss))(rho.detach(), noise)
+        rows = torch.func.vmap(torch.func.jacrev(lambda r: ar1.correlate(noise[0], r)))(rho)
+    torch.testing.assert_close(again, each, **EXACT)
+    assert rows.shape == (7, 5, 1)
     curvature = torch.func.jacrev(torch.func.jacrev(loss))(rho[0].detach(), noise[0])
     expected = torch.autograd.functional.hessian(lambda r: loss(r, noise[0]), rho[0].detach())
     torch.testing.assert_close(curvature, expected, **EXACT)
