@@ -15,3 +15,9 @@ from . import distribution
 
 class AR1Normal(distribution.AR1Normal, TorchDistributionMixin):
     __doc__ = distribution.AR1Normal.__doc__
+
+    @property
+    def arg_constraints(self):
+        """Of the parameters that were given: Pyro makes new instances from all it finds here."""
+        constraints = distribution.AR1Normal.arg_constraints
+        return {name: constraints[name] for name in ("loc", "scale", self._given)}

@@ -158,6 +158,22 @@ def test_as_a_pyro_distribution(pyro):
     assert torch.equal(q.mask(False).log_prob(torch.zeros(4, 3)), torch.zeros(4))
 
 
+@pytest.mark.parametrize("dependence", ["rho", "fisher_z"])
+def test_pyro_can_reparametrise_it(pyro, dependence):
+    from pyro.infer.reparam import LocScaleReparam
+
+    from rhovae.pyro import AR1Normal as PyroAR1Normal
+
+    def model():
+        return pyro.sample("z", PyroAR1Normal(torch.ones(3), 2.0, **{dependence: 0.5}))
+
+    moved = pyro.poutine.reparam(model, {"z": LocScaleReparam()})
+    trace = pyro.poutine.trace(moved).get_trace()
+    inner = trace.nodes["z_decentered"]["fn"]
+    torch.testing.assert_close(getattr(inner, dependence), torch.full((1,), 0.5))
+    assert trace.nodes["_RETURN"]["value"].shape == (3,)
+
+
 def test_without_pyro_the_remedy_is_named(monkeypatch):
     import builtins
     import sys
