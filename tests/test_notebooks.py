@@ -136,6 +136,17 @@ def test_the_main_job_stops_at_the_first_failure(tmp_path, monkeypatch):
     assert not (tmp_path / "seen").exists()
 
 
+def test_figures_of_an_earlier_main_job_do_not_count(tmp_path, monkeypatch):
+    old = tmp_path / "runs" / "embedded" / "figures" / "old.svg"
+    old.parent.mkdir(parents=True)
+    old.write_text("old")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "run", lambda *_: None)
+    with pytest.raises(SystemExit, match="No figure was drawn into runs/embedded/figures"):
+        reproduce.main()
+    assert not old.exists()
+
+
 @pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_an_interrupted_notebook_leaves_no_process(tmp_path, how, code):
     started = tmp_path / "started"

@@ -21,7 +21,7 @@ def main() -> None:
     out = ROOT / folder / "notebooks"
     start = time.perf_counter()
     results, figures = str(folder / "results"), str(folder / "figures")
-    for old in (ROOT / results).glob("**/*.json"):
+    for old in [*(ROOT / results).glob("**/*.json"), *(ROOT / figures).glob("*.svg")]:
         old.unlink()
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         if path.name == TRAIN:
