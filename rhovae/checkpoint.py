@@ -36,9 +36,23 @@ class Checkpoint:
 
     def __post_init__(self):
         self.environments = [self.environment]
+        self._known = None
+
+    def _stamp(self) -> tuple | None:
+        """What tells that nobody else has written the file since."""
+        if not self.path.is_file():
+            return None
+        found = self.path.stat()
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
     def save(self, history: list[dict], vae: nn.Module, optimizer: Optimizer) -> None:
-        """Write the state after the last epoch of `history`, whole or not at all."""
+        """Write the state after the last epoch of `history`, whole or not at all.
+
+        Where another process that trains the same run is further, its file is left alone.
+        """
+        if (stamp := self._stamp()) and stamp != self._known:
+            if len(read_checkpoint(self.path)["history"]) > len(history):
+                return
         state = {
             "run": self.run,
             "environments": self.environments,
@@ -49,6 +63,7 @@ class Checkpoint:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_whole(self.path, buffer.getbuffer())
+        self._known = self._stamp()
 
     def restore(self, epochs: int, vae: nn.Module, optimizer: Optimizer) -> list[dict] | None:
         """Bring the model and its optimiser to where the file stands, and return its history.
@@ -75,8 +90,15 @@ class Checkpoint:
         self.environments = state.get("environments", [])
         if len(state["history"]) < epochs and self.environment not in self.environments:
             self.environments.append(self.environment)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            vae.load_state_dict(state["vae"])
+            optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # torch's words for weights of another network
+            raise ValueError(
+                f"{self.path} does not fit this model ({str(error).splitlines()[0]}); delete it to "
+                "start over."
+            ) from None
+        self._known = self._stamp()
         return state["history"]
 
 
@@ -91,6 +113,9 @@ def read_checkpoint(path: str | Path) -> dict:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         missing = {"run", "history", "vae", "optimizer"} - set(state)
         problem = f"it lacks {', '.join(sorted(missing))}" if missing else ""
+        kinds = {"run": dict, "history": list}
+        if not problem and any(not isinstance(state[key], kinds[key]) for key in kinds):
+            problem = "its run or its history is of another type"
     except MemoryError:
         raise
     except Exception as error:  # a damaged archive fails in more ways than can be listed

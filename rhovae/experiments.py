@@ -102,6 +102,8 @@ class Experiment:
                      "initialisation", "kernel"):  # fmt: skip
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a name.")
+        for name in ("beta", "alpha", "lambda_", "clip_norm", "learning_rate", "head_scale"):
+            object.__setattr__(self, name, self._number(name))  # 2 and 2.0 are one experiment
         require_known("posterior", self.posterior, ALL_POSTERIORS)
         if not self.objective:
             implied = "as-published" if self.posterior in PUBLISHED_POSTERIORS else "elbo"
@@ -127,7 +129,7 @@ class Experiment:
                     f"objective={objective!r} or leave it out."
                 )
         for name in ("beta", "alpha", "lambda_", "clip_norm"):
-            if not 0 <= self._number(name) < float("inf"):
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0.")
         for name in ("image_size", "gap_images"):
             value = getattr(self, name)
@@ -143,14 +145,17 @@ class Experiment:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         for name in ("learning_rate", "head_scale"):
-            if not 0 < self._number(name) < float("inf"):
+            if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be positive.")
 
     def _number(self, name: str) -> float:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{name} is {value!r}; it must be a number.")
-        return value
+        try:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+        except OverflowError:
+            pass  # an integer of hundreds of digits
+        raise ValueError(f"{name} is {value!r}; it must be a number.")
 
     @property
     def name(self) -> str:
@@ -230,8 +235,13 @@ def run_experiment(
     images = None
     if reuse and path and path.is_file():
         record = load_record(path)
-        # Through Experiment, as an older record lacks the fields that came later.
-        same = Experiment(**record["experiment"]) == experiment
+        try:  # Through Experiment, as an older record lacks the fields that came later.
+            same = Experiment(**record["experiment"]) == experiment
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} does not state an experiment ({error}); delete it and run it again, or "
+                "update rhovae."
+            ) from None
         if same and experiment.source == "own":
             images = _images(experiment, train, test, root)
             same = record["data"] == _fingerprints(*images)
@@ -239,7 +249,7 @@ def run_experiment(
             return record
     for place in (folder, checkpoints):
         if place:
-            require_writable(place)
+            require_writable(place, experiment.name)
     images = images or _images(experiment, train, test, root)
     device = pick_device(device)
     train, test = (_resized(part, experiment.image_size).to(device) for part in images)
@@ -316,11 +326,17 @@ def _checkpoint(experiment: Experiment, images, origin: dict, folder: str | Path
     run = {k: v for k, v in dataclasses.asdict(experiment).items() if k not in idle}
     defaults = {f.name: f.default for f in dataclasses.fields(Experiment) if f.name in run}
     path = Path(folder) / f"{experiment.run_name}.pt"
-    return Checkpoint(path, run | _fingerprints(*images), origin, defaults)
+    data = _fingerprints(*images)
+    defaults["image_shape"] = data["image_shape"]  # the first checkpoints did not state it
+    return Checkpoint(path, run | data, origin, defaults)
 
 
-def _fingerprints(train: Tensor, test: Tensor) -> dict[str, str]:
-    return {"train_sha256": fingerprint(train), "test_sha256": fingerprint(test)}
+def _fingerprints(train: Tensor, test: Tensor) -> dict:
+    return {
+        "train_sha256": fingerprint(train),
+        "test_sha256": fingerprint(test),
+        "image_shape": list(train.shape[1:]),
+    }
 
 
 def _images(experiment, train, test, root) -> tuple[Tensor, Tensor]:

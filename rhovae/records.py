@@ -6,7 +6,9 @@ import io
 import json
 import math
 import os
+import re
 import uuid
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +57,19 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
-def require_writable(folder: str | Path) -> None:
+def require_writable(folder: str | Path, name: str = "") -> None:
     """Make a folder, and a file in it, so that a run learns at its start what its end would meet.
+
+    Args:
+        folder: where a run will be kept.
+        name: what its file will be called.
 
     Raises:
         OSError: if that is not possible.
     """
     try:
-        write_whole(Path(folder) / ".writable", b"?" * 4096)
-        (Path(folder) / ".writable").unlink(missing_ok=True)
+        write_whole(Path(folder) / f".{name}.writable", b"?" * 4096)
+        (Path(folder) / f".{name}.writable").unlink(missing_ok=True)
     except OSError as error:
         raise OSError(
             f"Nothing can be written into {folder} ({error.strerror or error}), so a run could not "
@@ -135,8 +141,16 @@ def load_records(folder: str | Path, **configuration) -> list[dict]:
     Args:
         folder: where `save_record` put them.
         configuration: fields of Experiment and the values wanted, e.g. dataset="mnist".
+    Raises:
+        ValueError: a file that is no record, or one from before a wanted field existed.
     """
     records = [load_record(path) for path in sorted(Path(folder).glob("*.json"))]
+    for record, key in product(records, configuration):
+        if key not in record["experiment"]:
+            raise ValueError(
+                f"{record['name']} says nothing of {key!r}: there is no such setting, or there was "
+                "none when it ran; choose by others."
+            )
     return [
         record
         for record in records
@@ -255,8 +269,9 @@ def quality_table(records: list[dict]) -> str:
 def _same_but_for_the_seed(records: list[dict]) -> list[list[dict]]:
     groups = {}
     for record in records:
-        settings = {k: v for k, v in record["experiment"].items() if k != "seed"}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
+        # By the name, which leaves out what is default: older records lack the later fields.
+        seed = record["experiment"]["seed"]
+        groups.setdefault(re.sub(rf"-s{seed}(?=-|$)", "", record["name"]), []).append(record)
     return list(groups.values())
 
 

@@ -13,8 +13,8 @@ from importlib import metadata
 import pytest
 import torch
 
-from rhovae import Experiment, load_images, run_experiment, training
-from rhovae.checkpoint import read_checkpoint
+from rhovae import Experiment, experiments, load_images, run_experiment, training
+from rhovae.checkpoint import Checkpoint, read_checkpoint
 from rhovae.data import to_unit_interval
 from rhovae.evaluation import latent_statistics
 from rhovae.experiments import ALL_OBJECTIVES, ALL_POSTERIORS, build_vae
@@ -175,7 +175,31 @@ def test_a_checkpoint_of_more_epochs_is_left_alone_and_of_other_images_refused(
         run(other, checkpoints=tmp_path)
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", "half", "pickle", "another"])
+def test_a_run_that_lags_behind_does_not_rewind_the_checkpoint_of_another(images, tmp_path):
+    """Two processes may train one run, as when two grids share it."""
+    vae = build_vae(Experiment(**SMALL), tuple(images[0].shape[1:]))
+    optimizer = torch.optim.Adam(vae.parameters())
+    one, other = (Checkpoint(tmp_path / "run.pt", {}) for _ in range(2))
+    epochs = [{"epoch": n} for n in range(1, 6)]
+    assert one.restore(9, vae, optimizer) == other.restore(9, vae, optimizer) == []
+    for ahead, behind in ((1, 0), (5, 2)):
+        one.save(epochs[:ahead], vae, optimizer)
+        other.save(epochs[:behind], vae, optimizer)
+        assert read_checkpoint(one.path)["history"] == epochs[:ahead]
+    other.save(epochs, vae, optimizer)
+    assert len(read_checkpoint(one.path)["history"]) == 5
+
+
+def test_a_checkpoint_of_another_network_is_refused(images, tmp_path):
+    vae = build_vae(Experiment(**SMALL), tuple(images[0].shape[1:]))
+    wider = build_vae(Experiment(**{**SMALL, "latent": 9}), tuple(images[0].shape[1:]))
+    checkpoint = Checkpoint(tmp_path / "run.pt", {})
+    checkpoint.save([{"epoch": 1}], vae, torch.optim.Adam(vae.parameters()))
+    with pytest.raises(ValueError, match=r"run.pt does not fit this model \(.*; delete it"):
+        checkpoint.restore(9, wider, torch.optim.Adam(wider.parameters()))
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", "half", "pickle", "another", "list"])
 def test_a_damaged_checkpoint_is_refused(images, tmp_path, damage):
     run(images, checkpoints=tmp_path)
     (path,) = tmp_path.iterdir()
@@ -185,6 +209,8 @@ def test_a_damaged_checkpoint_is_refused(images, tmp_path, damage):
         torch.save({"run": print}, path)
     elif damage == "another":
         torch.save({"run": {}, "history": []}, path)
+    elif damage == "list":
+        torch.save({"run": [], "history": [], "vae": {}, "optimizer": {}}, path)
     else:
         path.write_bytes(damage)
     with pytest.raises(ValueError, match=r"is not a checkpoint \(.+\); delete it"):
@@ -355,6 +381,37 @@ def test_a_record_of_other_images_or_settings_is_not_reused(images, tmp_path):
     assert run(images, folder=tmp_path, reuse=True)["experiment"]["epochs"] == 2
 
 
+def test_the_same_bytes_in_another_shape_are_other_images(images, tmp_path):
+    train, test = (part.reshape(len(part), 1, 2, -1) for part in images)
+    places = dict(folder=tmp_path, checkpoints=tmp_path)
+    record = run(images, **places)
+    (tmp_path / f"{record['name']}.json").unlink()
+    with pytest.raises(ValueError, match="another run: it differs in image_shape"):
+        run((train, test), **places)
+    save_record(record, tmp_path)
+    assert run((train, test), folder=tmp_path, reuse=True)["data"] != record["data"]
+
+
+def test_a_record_of_settings_that_are_unknown_here_is_refused(images, tmp_path):
+    record = run(images, folder=tmp_path)
+    path = tmp_path / f"{record['name']}.json"
+    path.write_text(path.read_text().replace('"latent"', '"later"', 1))
+    with pytest.raises(ValueError, match=r"does not state an experiment \(.*'later'.* delete it"):
+        run(images, folder=tmp_path, reuse=True)
+
+
+def test_records_from_before_a_setting_existed_are_of_one_group(images, tmp_path):
+    for seed in range(2):
+        record = run(images, seed=seed)
+        if not seed:
+            del record["experiment"]["clip_norm"]
+        save_record(record, tmp_path)
+    (row,) = result_table(load_records(tmp_path)).splitlines()[2:]
+    assert "| 2 |" in row, "seeds"
+    with pytest.raises(ValueError, match=r"nothing of 'clip_norm'.*choose by others"):
+        load_records(tmp_path, clip_norm=0.0)
+
+
 def test_records_are_selected_and_tabulated(images, tmp_path):
     for posterior in ("diagonal", "ar1"):
         for seed in (0, 1):
@@ -428,6 +485,7 @@ def test_a_record_with_nan_is_not_written(images, tmp_path):
         (dict(kernel="linear"), "Unknown kernel 'linear'; known are 'rbf', 'imq'"),
         (dict(posterior=["ar1"]), r"posterior is \['ar1'\]; it must be a name"),
         (dict(learning_rate="1e-3"), "learning_rate is '1e-3'; it must be a number"),
+        (dict(clip_norm=10**400), "clip_norm is 10+; it must be a number"),
         (dict(beta=4.0), "beta has no effect with objective 'elbo'; choose objective='beta-elbo'"),
         (dict(objective="beta-elbo", beta=-1.0), "beta is -1.0; it must be at least 0"),
         (dict(image_size=-2), "image_size is -2"),
@@ -445,6 +503,17 @@ def test_a_record_with_nan_is_not_written(images, tmp_path):
 def test_an_experiment_that_cannot_be_run_is_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         Experiment(**{"dataset": "mnist", **changes})
+
+
+def test_two_and_two_point_zero_are_one_experiment():
+    one, other = (Experiment("mnist", objective="beta-elbo", beta=beta) for beta in (2, 2.0))
+    assert one == other and one.name == other.name and one.run_name == other.run_name
+
+
+def test_a_name_that_is_no_file_name_is_refused_before_training(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "fit", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(OSError, match=r"Nothing can be written into .* \(File name too long\)"):
+        run(images, dataset="a" * 250, folder=tmp_path)
 
 
 def test_own_images_go_with_their_source(images):
