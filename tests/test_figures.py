@@ -81,7 +81,8 @@ def test_the_quality_table_has_means_over_seeds_of_the_runs_with_scores():
                           posterior="ar1", seed=seed)  # fmt: skip
         scores = dict(frechet_distance=distance, frechet_distance_of_training_images=0.5,
                       precision=0.75, recall=0.25)  # fmt: skip
-        return {"experiment": experiment, "quality": scores, "latent": {"aggregate_kl": 1.0}}
+        return {"name": f"mnist-full-cnn-elbo-ar1-d10-e5-s{seed}", "experiment": experiment,
+                "quality": scores, "latent": {"aggregate_kl": 1.0}}  # fmt: skip
 
     others = [record(0, 9.0) | {"quality": None}]
     lines = quality_table([record(0, 1.0), record(1, 3.0), *others]).splitlines()
