@@ -8,6 +8,7 @@ ratios within one run mean anything. Writes data/results/speed.json and prints t
 """
 
 import argparse
+import inspect
 import json
 import logging
 import os
@@ -97,6 +98,38 @@ def ours(loc: Tensor, scale: Tensor, rho: Tensor, noise: Tensor) -> Tensor:
     return loc + scale * ar1.correlate(noise, rho)
 
 
+class WholeDraw(torch.autograd.Function):
+    """Innovation scale, scan, scale and location in one, without second derivatives."""
+
+    @staticmethod
+    def forward(noise, loc, scale, rho):
+        innovation = ar1.innovation_scale(rho)
+        x = ar1._doubling(noise, rho, innovation)
+        return loc + scale * x, x, innovation
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        noise, _, scale, rho = inputs
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(noise, scale, rho, *outputs[1:])
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        noise, scale, rho, x, innovation = ctx.saved_tensors
+        back = ar1._doubling(gradient * scale, rho, transposed=True)[:, 1:]
+        of_innovation = (back * noise[:, 1:]).sum(-1, keepdim=True)
+        of_rho = (back * x[:, :-1]).sum(-1, keepdim=True) - of_innovation * rho / innovation
+        return None, gradient, (gradient * x).sum(-1, keepdim=True), of_rho
+
+
+WholeDraw.forward.__signature__ = inspect.signature(WholeDraw.forward)  # as in ar1.py
+
+
+def one_function(loc: Tensor, scale: Tensor, rho: Tensor, noise: Tensor) -> Tensor:
+    return WholeDraw.apply(noise, loc, scale, rho)[0]
+
+
 def diagonal(loc: Tensor, scale: Tensor, rho: Tensor, noise: Tensor) -> Tensor:
     return loc + scale * noise
 
@@ -114,6 +147,7 @@ SAMPLERS = {
     "FFT": fft,
     "recorded scan": recorded_scan,
     "ours": ours,
+    "one function": one_function,
     "diagonal": diagonal,
 }
 
@@ -144,6 +178,11 @@ def is_dense(name: str) -> bool:
 
 def samplers(batch: int, latent: int) -> dict[str, Callable[[], None]]:
     inputs = parameters(batch, latent)
+    expected, found = (
+        torch.autograd.grad(function(*inputs).sin().sum(), inputs[:3])
+        for function in (ours, one_function)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * latent)
     left_out = {name for name in SAMPLERS if is_dense(name) and latent > 256}
     left_out |= {"published loop"} if latent > 1024 else set()
     return {
