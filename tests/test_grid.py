@@ -167,8 +167,11 @@ def test_a_killed_grid_goes_on_and_ends_as_if_nothing_had_been(tmp_path, without
 
 def test_a_second_grid_is_refused_and_ctrl_c_leaves_no_process_and_no_lock(tmp_path):
     """Two `make paper` at once: the second is told so, the first never notices."""
+    # What runs in the background, as tests may, starts with SIGINT ignored; not its child here.
     start = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    first = subprocess.Popen(command(tmp_path, grids="smoke"), start_new_session=True, **start)
+    start |= dict(start_new_session=True)
+    start |= dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    first = subprocess.Popen(command(tmp_path, grids="smoke"), **start)
     deadline = time.monotonic() + 200
     while not list((tmp_path / "checkpoints").glob("*.pt")):
         assert first.poll() is None and time.monotonic() < deadline

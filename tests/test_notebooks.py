@@ -102,6 +102,11 @@ def test_unknown_parameters_are_refused():
         tool.check_parameters(ROOT / "notebooks" / "05_train.ipynb", {"latnt": 3, "latent": 3})
 
 
+def heed_ctrl_c():
+    """In a child: what runs in the background, as tests may, starts with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def notebook_of(path, *cells):
     cells = [nbformat.v4.new_code_cell(text) for text in cells]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=tool.METADATA), path)
@@ -153,7 +158,8 @@ def test_an_interrupted_notebook_leaves_no_process(tmp_path, how, code):
     note = f"open({str(started)!r}, 'w').close()"
     path = notebook_of(tmp_path / "slow.ipynb", f"{note}\nimport time\ntime.sleep(300)")
     command = [sys.executable, tool.__file__, "run", tmp_path / "out.ipynb", path]
-    head = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    head = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_ctrl_c,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
     deadline = time.monotonic() + 60
     while not started.is_file():
         assert head.poll() is None and time.monotonic() < deadline
