@@ -50,9 +50,9 @@ class Checkpoint:
 
         Where another process that trains the same run is further, its file is left alone.
         """
-        if (stamp := self._stamp()) and stamp != self._known:
-            if len(read_checkpoint(self.path)["history"]) > len(history):
-                return
+        changed = self._stamp() not in (None, self._known)
+        if changed and len(read_checkpoint(self.path)["history"]) > len(history):
+            return
         state = {
             "run": self.run,
             "environments": self.environments,

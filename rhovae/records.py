@@ -271,7 +271,8 @@ def _same_but_for_the_seed(records: list[dict]) -> list[list[dict]]:
     for record in records:
         # By the name, which leaves out what is default: older records lack the later fields.
         seed = record["experiment"]["seed"]
-        groups.setdefault(re.sub(rf"-s{seed}(?=-|$)", "", record["name"]), []).append(record)
+        name = re.sub(rf"(-d\d+-e\d+)-s{seed}(?=-|$)", r"\1", record["name"])
+        groups.setdefault(name, []).append(record)
     return list(groups.values())
 
 

@@ -137,7 +137,14 @@ def test_what_the_readme_says_of_the_families_is_in_the_records():
 
     text = " ".join((ROOT / "README.md").read_text().split())
     assert "with 20 by more than one nat (MNIST) and almost three (Fashion-MNIST)" in text
-    assert "with 50 by five and eight (one network, 15 epochs, five seeds, with 50 three)" in text
+    assert "and with 50 by five and eight (one network, 15 epochs, three to five seeds)" in text
+    assert "in −ELBO by 0.1 to 0.2 nats with 5 latent variables and 0.2 to 0.9 with 10" in text
+    for size, grids, said in (
+        (5, ["families"], (0.1, 0.2)),
+        (10, ["families", "audit"], (0.2, 0.9)),
+    ):
+        means = [ahead(g, d, "ar1", size).mean() for g in grids for d in ("mnist", "fashion-mnist")]
+        assert (round(min(means), 1), round(max(means), 1)) == said
     assert 1 < ahead("families", "mnist", "ar1", 20).mean() < 2
     assert 2.5 < ahead("families", "fashion-mnist", "ar1", 20).mean() < 3
     for dataset, said in {"mnist": 5, "fashion-mnist": 8}.items():

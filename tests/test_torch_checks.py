@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Independent, MultivariateNormal, Normal, constraints, kl_divergence
+from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 from torch.distributions.kl import _KL_REGISTRY
 
 from rhovae import AR1Normal
@@ -41,9 +41,7 @@ def test_repr_and_attributes(q):
 
 def test_parameters_satisfy_their_constraints(q):
     for name, constraint in q.arg_constraints.items():
-        if name in q.__dict__ or name in ("rho", "fisher_z"):
-            value = getattr(q, name)
-            assert constraints.is_dependent(constraint) or constraint.check(value).all(), name
+        assert constraint.check(getattr(q, name)).all(), name
 
 
 @pytest.mark.parametrize("sample_shape", [(), (6,), (2, 0), (2, 3)])
@@ -90,8 +88,7 @@ def test_expand_of_a_subclass_is_of_the_subclass():
 
 
 def test_lazy_properties_have_gradients_even_if_first_asked_without():
-    names = ("covariance_matrix", "precision_matrix", "scale_tril", "correlation_matrix")
-    for name in [name for name in names if hasattr(AR1Normal, name)]:
+    for name in ("covariance_matrix", "precision_matrix", "scale_tril"):
         rho = torch.tensor([0.5], requires_grad=True)
         q = AR1Normal(torch.zeros(3), 1.0, rho=rho)
         with torch.no_grad():
@@ -101,7 +98,7 @@ def test_lazy_properties_have_gradients_even_if_first_asked_without():
 
 
 def test_draws_have_the_stated_moments_and_entropy(q, draws=40_000):
-    """At most 2 x 30 x 5 + 6 comparisons with 6e-7 each: fails by chance with 2e-4."""
+    """At most 30 means, 30 variances and 6 entropies: fails by chance with 66 x 6e-7 = 4e-5."""
     z = q.sample((draws,)).double()
     mean, variance = q.mean.detach().double(), q.variance.detach().double()
     error = (variance / draws).sqrt()
