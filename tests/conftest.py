@@ -1,5 +1,9 @@
 import json
+import os
+import signal
+import subprocess
 
+import psutil
 import pytest
 import torch
 
@@ -18,6 +22,48 @@ def float64_and_a_fixed_seed():
 def float32():
     """For tests of training, which runs in torch's own default."""
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def in_a_session():
+    """Start a command in a session of its own, which is killed when the test is over, if it lives.
+
+    The child heeds Ctrl-C. What runs in the background, as tests may, starts with SIGINT ignored.
+    """
+    started = []
+
+    def start(command, **options):
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        head = subprocess.Popen(
+            command, start_new_session=True, preexec_fn=heed, text=True, **options
+        )
+        started.append(head)
+        return head
+
+    yield start
+    for head in started:
+        if head.poll() is None:
+            family = psutil.Process(head.pid).children(recursive=True)
+            for process in (head, *family):
+                process.kill()
+        head.communicate()
+
+
+@pytest.fixture
+def signal_session():
+    """Send a signal to a session, as a terminal does, and return what it has written at its end.
+
+    Nothing that it had started may be left.
+    """
+
+    def send(head, how, family):
+        os.killpg(head.pid, how)
+        texts = head.communicate(timeout=60)
+        _, left = psutil.wait_procs(family, timeout=20)
+        assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
+        return texts
+
+    return send
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The grid: what is planned, what a kill leaves, and how far it says it is."""
 
-import os
 import re
 import shlex
 import signal
@@ -167,13 +166,13 @@ def test_a_killed_grid_goes_on_and_ends_as_if_nothing_had_been(tmp_path, without
     assert planned(tmp_path, grids="smoke")[0] == {}
 
 
-def test_a_second_grid_is_refused_and_ctrl_c_leaves_no_process_and_no_lock(tmp_path):
+def test_a_second_grid_is_refused_and_ctrl_c_leaves_no_process_and_no_lock(
+    tmp_path, in_a_session, signal_session
+):
     """Two `make paper` at once: the second is told so, the first never notices."""
-    # What runs in the background, as tests may, starts with SIGINT ignored; not its child here.
-    start = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    start |= dict(start_new_session=True)
-    start |= dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    first = subprocess.Popen(command(tmp_path, grids="smoke"), **start)
+    first = in_a_session(
+        command(tmp_path, grids="smoke"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     deadline = time.monotonic() + 200
     while not list((tmp_path / "checkpoints").glob("*.pt")):
         assert first.poll() is None and time.monotonic() < deadline
@@ -188,9 +187,6 @@ def test_a_second_grid_is_refused_and_ctrl_c_leaves_no_process_and_no_lock(tmp_p
     for process in family:
         process.resume()
     assert first.poll() is None
-    os.killpg(first.pid, signal.SIGINT)  # what a terminal sends
-    text, _ = first.communicate(timeout=60)
+    text, _ = signal_session(first, signal.SIGINT, family)
     assert first.returncode != 0, text
-    _, left = psutil.wait_procs(family, timeout=20)
-    assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
     assert planned(tmp_path, grids="smoke")[0] == {"experiment": 2}, "not locked, nothing half-done"

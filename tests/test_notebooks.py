@@ -1,6 +1,5 @@
 """The committed notebooks: executed, in normal form, and clean of what one machine left."""
 
-import os
 import re
 import signal
 import subprocess
@@ -102,11 +101,6 @@ def test_unknown_parameters_are_refused():
         tool.check_parameters(ROOT / "notebooks" / "05_train.ipynb", {"latnt": 3, "latent": 3})
 
 
-def heed_ctrl_c():
-    """In a child: what runs in the background, as tests may, starts with SIGINT ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def notebook_of(path, *cells):
     cells = [nbformat.v4.new_code_cell(text) for text in cells]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=tool.METADATA), path)
@@ -153,25 +147,23 @@ def test_figures_of_an_earlier_main_job_do_not_count(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_an_interrupted_notebook_leaves_no_process(tmp_path, how, code):
+def test_an_interrupted_notebook_leaves_no_process(
+    tmp_path, how, code, in_a_session, signal_session
+):
     started = tmp_path / "started"
     note = f"open({str(started)!r}, 'w').close()"
     path = notebook_of(tmp_path / "slow.ipynb", f"{note}\nimport time\ntime.sleep(300)")
     command = [sys.executable, tool.__file__, "run", tmp_path / "out.ipynb", path]
-    head = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_ctrl_c,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+    head = in_a_session(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not started.is_file():
         assert head.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     family = psutil.Process(head.pid).children(recursive=True)
     assert family, "the kernel"
-    os.killpg(head.pid, how)
-    _, error = head.communicate(timeout=30)
+    _, error = signal_session(head, how, family)
     assert head.returncode == code
     assert how != signal.SIGINT or "Interrupted in slow.ipynb" in error
-    _, left = psutil.wait_procs(family, timeout=20)
-    assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
 
 
 @every_notebook
