@@ -36,8 +36,3 @@ class VAE(nn.Module):
         loc = self.posterior.loc.weight
         z = torch.randn(n, self.posterior.latent, device=loc.device, dtype=loc.dtype)
         return self.decoder(z).sigmoid()
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of trainable parameters of a module."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torchvision import datasets
 
-from rhovae import as_images, data, load_images
-from rhovae.data import load_labels
+from rhovae.study import as_images, data, load_images
+from rhovae.study.data import load_labels
 
 
 @pytest.mark.parametrize("name", data.DATASETS)
@@ -45,7 +45,7 @@ def test_a_damaged_sample_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DATA_FOLDER", tmp_path)
     with pytest.raises(ValueError, match=r"mnist.npz is damaged: its SHA-256 .*git checkout"):
         load_images("mnist")
-    with pytest.raises(FileNotFoundError, match=r"fashion-mnist.npz is not in .* reinstall"):
+    with pytest.raises(FileNotFoundError, match=r"fashion-mnist.npz is not in .*git checkout"):
         load_images("fashion-mnist")
 
 

@@ -18,10 +18,11 @@ from torch.distributions import (
 )
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 
-from rhovae import POSTERIORS, AR1Normal, load_images
-from rhovae.data import to_unit_interval
-from rhovae.experiments import Experiment, build_vae
+from rhovae import POSTERIORS, AR1Normal
 from rhovae.objectives import negative_elbo, standard_normal_like
+from rhovae.study import load_images
+from rhovae.study.data import to_unit_interval
+from rhovae.study.experiments import Experiment, build_vae
 
 pytestmark = pytest.mark.usefixtures("float32")
 

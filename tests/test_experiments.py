@@ -13,14 +13,14 @@ from importlib import metadata
 import pytest
 import torch
 
-from rhovae import Experiment, experiments, load_images, run_experiment, training
-from rhovae.checkpoint import Checkpoint, read_checkpoint
-from rhovae.data import to_unit_interval
-from rhovae.evaluation import latent_statistics
-from rhovae.experiments import ALL_OBJECTIVES, ALL_POSTERIORS, build_vae
 from rhovae.objectives import negative_elbo
-from rhovae.pictures import latent_map, pictures
-from rhovae.records import (
+from rhovae.study import Experiment, experiments, load_images, run_experiment, training
+from rhovae.study.checkpoint import Checkpoint, read_checkpoint
+from rhovae.study.data import to_unit_interval
+from rhovae.study.evaluation import latent_statistics
+from rhovae.study.experiments import ALL_OBJECTIVES, ALL_POSTERIORS, build_vae
+from rhovae.study.pictures import latent_map, pictures
+from rhovae.study.records import (
     decode_png,
     load_record,
     load_records,
@@ -30,7 +30,7 @@ from rhovae.records import (
     save_record,
     write_whole,
 )
-from rhovae.training import fit, pick_device, set_seed
+from rhovae.study.training import fit, pick_device, set_seed
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -124,7 +124,7 @@ def test_an_extended_run_is_the_run_that_was_never_interrupted(
         run(images, epochs=epochs, checkpoints=tmp_path, **settings)
     trained, train_epoch = [], training.train_epoch
     monkeypatch.setattr(
-        "rhovae.training.train_epoch", lambda *args: trained.append(1) or train_epoch(*args)
+        "rhovae.study.training.train_epoch", lambda *args: trained.append(1) or train_epoch(*args)
     )
     extended = run(images, epochs=5, checkpoints=tmp_path, **settings)
     assert len(trained) == 1, "four of five epochs were there"
@@ -135,7 +135,7 @@ def test_an_extended_run_is_the_run_that_was_never_interrupted(
 
 def test_a_finished_run_is_judged_again_without_training(images, tmp_path, monkeypatch):
     first = run(images, checkpoints=tmp_path)
-    monkeypatch.setattr("rhovae.training.train_epoch", None)
+    monkeypatch.setattr("rhovae.study.training.train_epoch", None)
     second = run(images, checkpoints=tmp_path, iwae_samples=7)
     assert second["history"] == first["history"] and second["iwae"]["samples"] == 7
 
@@ -144,7 +144,7 @@ def test_a_run_names_every_environment_that_trained_it(images, tmp_path, monkeyp
     run(images, epochs=1, checkpoints=tmp_path)
     assert "trained_in" not in run(images, epochs=2, checkpoints=tmp_path)
     elsewhere = {"device": "another machine"}
-    monkeypatch.setattr("rhovae.experiments.environment", lambda device: elsewhere)
+    monkeypatch.setattr("rhovae.study.experiments.environment", lambda device: elsewhere)
     judged = run(images, epochs=2, checkpoints=tmp_path)
     (first,) = judged["trained_in"]
     assert judged["environment"] == elsewhere and first["torch"] == metadata.version("torch")
@@ -157,7 +157,7 @@ def test_a_checkpoint_from_before_a_setting_existed_is_used(images, tmp_path, mo
     state = torch.load(path, weights_only=True)
     del state["run"]["kernel"], state["environments"]
     torch.save(state, path)
-    monkeypatch.setattr("rhovae.training.train_epoch", None)
+    monkeypatch.setattr("rhovae.study.training.train_epoch", None)
     assert run(images, checkpoints=tmp_path)["trained_in"] == []
 
 
@@ -653,7 +653,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
     images, tmp_path, monkeypatch, place
 ):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr("rhovae.experiments.fit", None)
+    monkeypatch.setattr("rhovae.study.experiments.fit", None)
     sentence = r"Nothing can be written into .*file/results .*choose another"
     with pytest.raises(OSError, match=sentence):
         run(images, **{place: tmp_path / "file" / "results"})
@@ -664,7 +664,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(tmp_path):
     code = f"""
 import resource, signal
 from pathlib import Path
-from rhovae.records import require_writable, write_whole
+from rhovae.study.records import require_writable, write_whole
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 for attempt in (lambda: write_whole(Path({str(tmp_path)!r}) / "record.json", b"x" * 5000),

@@ -17,11 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rhovae import Experiment, load_images
-from rhovae.checkpoint import Checkpoint, read_checkpoint
-from rhovae.data import DATA_FOLDER
-from rhovae.experiments import build_vae
-from rhovae.records import load_record
+from rhovae.study import Experiment, load_images
+from rhovae.study.checkpoint import Checkpoint, read_checkpoint
+from rhovae.study.data import DATA_FOLDER
+from rhovae.study.experiments import build_vae
+from rhovae.study.records import load_record
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -35,7 +35,7 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from rhovae import Experiment, run_experiment
+from rhovae.study import Experiment, run_experiment
 
 torch.set_num_threads(1)
 kills, folder, epoch = int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
@@ -142,12 +142,12 @@ def test_mutated_files_bring_out_our_own_errors_only(tmp_path, monkeypatch):
 
     folder = tmp_path / "embedded"
     folder.mkdir()
-    monkeypatch.setattr("rhovae.data.DATA_FOLDER", tmp_path)
+    monkeypatch.setattr("rhovae.study.data.DATA_FOLDER", tmp_path)
     path = folder / "mnist.npz"
     np.savez(path, train_images=np.zeros((2, 4, 4), np.uint8), train_labels=np.zeros(2, np.uint8))
     sample = path.read_bytes()
     hashes = {"mnist": hashlib.sha256(sample).hexdigest()}
-    monkeypatch.setattr("rhovae.data.EMBEDDED_SHA256", hashes)
+    monkeypatch.setattr("rhovae.study.data.EMBEDDED_SHA256", hashes)
     assert load_images("mnist").shape == (2, 1, 4, 4)
     changed = refused(lambda: load_images("mnist"), sample, path, chance, FUZZ)
     assert changed > 0.9 * FUZZ, "all but those that a mutation left as they were"
@@ -158,7 +158,7 @@ def test_mutated_files_bring_out_our_own_errors_only(tmp_path, monkeypatch):
         (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx((5, 4, 4)))
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx((5,)))
     hashes = {("mnist", "train"): hashlib.sha256(bytes(5 * 4 * 4 + 5)).hexdigest()}
-    monkeypatch.setattr("rhovae.data.FULL_SHA256", hashes)
+    monkeypatch.setattr("rhovae.study.data.FULL_SHA256", hashes)
     read = partial(load_images, "mnist", "train", "full", root=tmp_path)
     assert read().shape == (5, 1, 4, 4)
     for path in (raw / "train-images-idx3-ubyte", raw / "train-labels-idx1-ubyte"):

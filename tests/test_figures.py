@@ -7,10 +7,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from rhovae import figures
-from rhovae.data import DATA_FOLDER
-from rhovae.experiments import ALL_POSTERIORS
-from rhovae.records import (
+from rhovae.study import figures
+from rhovae.study.data import DATA_FOLDER
+from rhovae.study.experiments import ALL_POSTERIORS
+from rhovae.study.records import (
     curve,
     decode_png,
     encode_png,

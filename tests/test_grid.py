@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 
-from rhovae import Experiment, run_experiment
-from rhovae.checkpoint import read_checkpoint
-from rhovae.records import load_record
+from rhovae.study import Experiment, run_experiment
+from rhovae.study.checkpoint import read_checkpoint
+from rhovae.study.records import load_record
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from rhovae import ar1, load_images
-from rhovae.linear import (
+from rhovae import ar1
+from rhovae.study import load_images
+from rhovae.study.linear import (
     ar1_shape,
     best_rho,
     data_spectrum,

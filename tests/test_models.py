@@ -10,9 +10,6 @@ from torch import nn
 from torch.distributions import Independent, Laplace, MultivariateNormal, Normal, kl_divergence
 
 from rhovae import POSTERIORS, VAE, AR1Normal
-from rhovae.evaluation import evaluate, inference_gaps, iwae_nll
-from rhovae.experiments import ALL_POSTERIORS, Experiment, build_vae
-from rhovae.networks import NETWORKS
 from rhovae.objectives import (
     KERNELS,
     bernoulli_nll,
@@ -23,7 +20,9 @@ from rhovae.objectives import (
     squared_mmd,
     standard_normal_like,
 )
-from rhovae.vae import count_parameters
+from rhovae.study.evaluation import evaluate, inference_gaps, iwae_nll
+from rhovae.study.experiments import ALL_POSTERIORS, Experiment, build_vae
+from rhovae.study.networks import NETWORKS, count_parameters
 
 SHAPE = (1, 6, 5)
 

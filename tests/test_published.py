@@ -5,7 +5,7 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from rhovae.objectives import standard_normal_like
-from rhovae.published import PublishedNormal, divided_loss, published_loss
+from rhovae.study.published import PublishedNormal, divided_loss, published_loss
 
 VARIANTS = {"published-notebook": (False, 1e-7), "published-script": (True, 0.0)}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rhovae.data import DATA_FOLDER, DATASETS, load_images, load_labels, to_unit_interval
-from rhovae.experiments import Experiment, build_vae
-from rhovae.quality import (
+from rhovae.study.data import DATA_FOLDER, DATASETS, load_images, load_labels, to_unit_interval
+from rhovae.study.experiments import Experiment, build_vae
+from rhovae.study.quality import (
     FEATURES,
     classifier_file,
     features,

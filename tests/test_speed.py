@@ -8,11 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rhovae import Experiment, run_experiment
-from rhovae.evaluation import iwae_nll
-from rhovae.experiments import build_vae
 from rhovae.objectives import negative_elbo
-from rhovae.training import batch_loss, train_epoch
+from rhovae.study import Experiment, run_experiment
+from rhovae.study.evaluation import iwae_nll
+from rhovae.study.experiments import build_vae
+from rhovae.study.training import batch_loss, train_epoch
 
 pytestmark = pytest.mark.usefixtures("float32")
 

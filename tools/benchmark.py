@@ -37,12 +37,13 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
-from rhovae import VAE, AR1Normal, Experiment, ar1
-from rhovae.experiments import build_vae
+from rhovae import VAE, AR1Normal, ar1
 from rhovae.objectives import negative_elbo, standard_normal_like
-from rhovae.provenance import environment
-from rhovae.records import write_whole
-from rhovae.training import batch_loss, train_epoch
+from rhovae.study import Experiment
+from rhovae.study.experiments import build_vae
+from rhovae.study.provenance import environment
+from rhovae.study.records import write_whole
+from rhovae.study.training import batch_loss, train_epoch
 
 SHAPES = [(128, 5), (128, 20), (128, 64), (128, 256), (128, 1024)]
 BATCHES = [(8, 20), (32, 20), (512, 20), (2048, 20)]

@@ -14,9 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rhovae.provenance import environment
-from rhovae.records import write_whole
-from rhovae.training import pick_device
+from rhovae.study.provenance import environment
+from rhovae.study.records import write_whole
+from rhovae.study.training import pick_device
 
 SETTINGS = {
     "1 thread": {"OMP_NUM_THREADS": "1"},
@@ -29,7 +29,7 @@ SETTINGS = {
 }
 RUNS = """
 import json, sys
-from rhovae import Experiment, run_experiment
+from rhovae.study import Experiment, run_experiment
 curves = {}
 for posterior in ("diagonal", "ar1"):
     experiment = Experiment("fashion-mnist", posterior=posterior, latent=5, pictures=False,

@@ -2,7 +2,7 @@
 
     python tools/embed_data.py --root FOLDER_WITH_FULL_SETS
 
-Prints the SHA-256 of each file, to be copied into rhovae/data.py. Same input, same bytes.
+Prints the SHA-256 of each file, to be copied into rhovae/study/data.py. Same input, same bytes.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rhovae.data import DATASETS, _full
+from rhovae.study.data import DATASETS, _full
 
 SIZES = {"train": 10_000, "test": 2_000}
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "embedded"

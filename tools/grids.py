@@ -8,7 +8,8 @@ import json
 import shlex
 from itertools import product
 
-from rhovae import POSTERIORS, Experiment
+from rhovae import POSTERIORS
+from rhovae.study import Experiment
 
 SETS = ("mnist", "fashion-mnist")
 SEEDS = range(5)

@@ -30,20 +30,25 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 SETUP = """\
-# Use the clone this notebook lies in, else an installed rhovae, else install it (Colab).
+# Use the clone this notebook lies in; elsewhere (Colab) clone it, and install what is missing.
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-folders = [Path.cwd(), *Path.cwd().parents]
-clone = next((f for f in folders if (f / "rhovae" / "ar1.py").is_file()), None)
-if clone:
-    sys.path.insert(0, str(clone))
-elif not find_spec("rhovae"):
-    address = os.environ.get("RHOVAE_ADDRESS", "git+{address}")
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", address], check=True)"""
+here = Path.cwd()
+places = (here, *here.parents, here / "rho-vae")
+clone = next((p for p in places if (p / "rhovae" / "ar1.py").is_file()), None)
+if clone is None:
+    clone = here / "rho-vae"
+    address = os.environ.get("RHOVAE_ADDRESS", "{address}")
+    subprocess.run(["git", "clone", "-q", "--depth", "1", address, clone], check=True)
+sys.path.insert(0, str(clone))
+needed = ("matplotlib", "safetensors", "scipy", "torch", "torchmetrics", "torchvision", "tqdm")
+if not all(map(find_spec, needed)):
+    pip = [sys.executable, "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, f"{clone}[study]"], check=True)"""
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name})"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from grids import GRIDS, convolutional
 
-from rhovae import Experiment
-from rhovae.checkpoint import read_checkpoint
+from rhovae.study import Experiment
+from rhovae.study.checkpoint import read_checkpoint
 
 
 def progress(runs: Path, results: Path, grids: dict[str, list[Experiment]]) -> list[str]:

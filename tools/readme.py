@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from rhovae.records import by_posterior, format_nats, load_records, published_curves
+from rhovae.study.records import by_posterior, format_nats, load_records, published_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 # Name, data set, latent, published posterior, figure, and the script's normalisation of its losses.

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from notebooks import NOTEBOOKS, ROOT, run
-from rhovae.records import load_records, result_table
+from rhovae.study.records import load_records, result_table
 
 DATASETS = ("mnist", "fashion-mnist")
 TRAIN, FIGURES = "05_train.ipynb", "06_paper_figures.ipynb"

@@ -6,9 +6,9 @@ The eigenvalues of the covariance of the full training sets, which notebook 07 n
 import argparse
 import json
 
-from rhovae.data import DATA_FOLDER, DATASETS, fingerprint, load_images
-from rhovae.linear import data_spectrum
-from rhovae.records import write_whole
+from rhovae.study.data import DATA_FOLDER, DATASETS, fingerprint, load_images
+from rhovae.study.linear import data_spectrum
+from rhovae.study.records import write_whole
 
 
 def main() -> None:

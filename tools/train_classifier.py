@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from rhovae.data import DATASETS, load_images, load_labels, to_unit_interval
-from rhovae.quality import build_classifier, classifier_file
-from rhovae.training import set_seed
+from rhovae.study.data import DATASETS, load_images, load_labels, to_unit_interval
+from rhovae.study.quality import build_classifier, classifier_file
+from rhovae.study.training import set_seed
 
 EPOCHS, BATCH, LEARNING_RATE = 5, 128, 3e-3
 

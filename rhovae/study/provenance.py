@@ -33,7 +33,7 @@ def _version(package: str) -> str | None:
 @functools.cache
 def _git_commit() -> str | None:
     """HEAD of the clone this package runs from, with + where files differ; None outside one."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     if not (here.parent / ".git").exists():
         return None  # an installed package may lie inside somebody else's repository
     commands = ["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", "."]

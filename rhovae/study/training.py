@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..objectives import Terms
+from ..vae import VAE
 from .checkpoint import Checkpoint
 from .data import to_unit_interval
 from .evaluation import evaluate, means_per_image
-from .objectives import Terms
-from .vae import VAE
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..vae import VAE
 from .data import to_unit_interval
 from .records import encode_png
-from .vae import VAE
 
 SAMPLES, RECONSTRUCTIONS = 32, 8
 TRAVERSED, PAIRS, STEPS = 10, 4, 8

@@ -11,6 +11,9 @@ from pathlib import Path
 import torchvision.transforms.v2.functional
 from torch import Tensor, nn
 
+from ..objectives import KERNELS, OBJECTIVES, Terms, negative_elbo
+from ..posteriors import POSTERIORS
+from ..vae import VAE
 from .checkpoint import Checkpoint
 from .data import (
     DATASETS,
@@ -22,16 +25,13 @@ from .data import (
     require_known,
 )
 from .evaluation import evaluate, inference_gaps, iwae_nll, latent_statistics
-from .networks import NETWORKS
-from .objectives import KERNELS, OBJECTIVES, Terms, negative_elbo
+from .networks import NETWORKS, count_parameters
 from .pictures import latent_map, pictures
-from .posteriors import POSTERIORS
 from .provenance import environment
 from .published import PUBLISHED_POSTERIORS, decompose, divided_loss, published_loss
 from .quality import sample_quality
 from .records import SCHEMA, load_record, require_writable, save_record
 from .training import fit, pick_device, set_seed
-from .vae import VAE, count_parameters
 
 ALL_POSTERIORS = POSTERIORS | PUBLISHED_POSTERIORS
 ALL_OBJECTIVES = OBJECTIVES | {"as-published": published_loss, "divided-kl": divided_loss}

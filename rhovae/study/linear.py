@@ -10,7 +10,7 @@ what a family of fixed shape costs depends on spectra alone, and s2 cancels.
 import torch
 from torch import Tensor
 
-from . import ar1
+from .. import ar1
 
 
 def data_spectrum(images: Tensor) -> Tensor:

@@ -31,10 +31,8 @@ FULL_SHA256 = {
     ("fashion-mnist", "test"): "9f1ec356a747bfe4ebab3cfb722d3694c9ca737e2570f6f90cf31d7b6fd689d4",
 }
 
-_PACKAGE = Path(__file__).resolve().parent
-# An installed package carries its data inside; a clone has them in the folder beside it.
-_INSTALLED = (_PACKAGE / "_data").is_dir()
-DATA_FOLDER = _PACKAGE / "_data" if _INSTALLED else _PACKAGE.parent / "data"
+# Of the clone that this package lies in. A wheel holds code alone, and nothing is there then.
+DATA_FOLDER = Path(__file__).resolve().parents[2] / "data"
 
 
 def load_images(
@@ -130,10 +128,15 @@ def require_known(what: str, name: str, known) -> None:
 
 def _embedded(name: str) -> dict[str, np.ndarray]:
     path = DATA_FOLDER / "embedded" / f"{name}.npz"
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            "The embedded images are in the repository and not in the installed package; clone it "
+            "and run there, or use source='full'."
+        )
     if not path.is_file():
         raise FileNotFoundError(
-            f"The embedded sample {path.name} is not in {path.parent}; reinstall rhovae, or in a "
-            "clone restore it with `git checkout data/embedded`."
+            f"The embedded sample {path.name} is not in {path.parent}; restore it with "
+            "`git checkout data/embedded`."
         )
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
@@ -148,7 +151,8 @@ def _embedded(name: str) -> dict[str, np.ndarray]:
 
 def _default_root() -> Path:
     """Where full sets are looked for and downloaded to, unless told otherwise."""
-    return Path.home() / ".cache" / "rhovae" if _INSTALLED else DATA_FOLDER / "torchvision"
+    cache = Path.home() / ".cache" / "rhovae"
+    return DATA_FOLDER / "torchvision" if DATA_FOLDER.is_dir() else cache
 
 
 def _download(dataset: type, folder: Path) -> None:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 
-from .data import to_unit_interval
-from .objectives import (
+from ..objectives import (
     Terms,
     bernoulli_nll,
     importance_weighted_nll,
@@ -15,8 +14,9 @@ from .objectives import (
     squared_mmd,
     standard_normal_like,
 )
-from .posteriors import POSTERIORS
-from .vae import VAE
+from ..posteriors import POSTERIORS
+from ..vae import VAE
+from .data import to_unit_interval
 
 
 @torch.no_grad()

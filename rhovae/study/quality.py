@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from ..vae import VAE
 from .data import DATA_FOLDER, DATASETS, to_unit_interval
-from .vae import VAE
 
 FEATURES, SIZE = 64, 28
 

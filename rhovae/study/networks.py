@@ -150,4 +150,9 @@ def _reduced(image_shape: tuple[int, ...], factor: int, name: str) -> tuple[int,
     return height // factor, width // factor
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable parameters of a module."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 NETWORKS = {"mlp": mlp, "cnn": cnn, "dcgan": dcgan, "beta_cnn": beta_cnn, "rows": rows}

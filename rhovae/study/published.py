@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from . import ar1
+from .. import ar1
+from ..distribution import AR1Normal
+from ..objectives import Terms, negative_elbo, standard_normal_like
+from ..posteriors import AR1
+from ..vae import VAE
 from .data import to_unit_interval
-from .distribution import AR1Normal
-from .objectives import Terms, negative_elbo, standard_normal_like
-from .posteriors import AR1
-from .vae import VAE
 
 
 class PublishedNormal(AR1Normal):
