@@ -56,7 +56,7 @@ STRICT := $(filter-out $(LAX),$(wildcard notebooks/*.ipynb))
 
 test-long: $(READY)  ## kills, mutations and extremes in larger numbers: about half an hour
 	RHOVAE_KILLS=200 RHOVAE_FUZZ=20000 RHOVAE_EXAMPLES=5000 OMP_NUM_THREADS=1 \
-	    $(BIN)/python -m pytest -q -n 2 tests/test_faults.py tests/test_extremes.py
+	    $(BIN)/python -m pytest -q -n 2 tests/study/test_faults.py tests/core/test_extremes.py
 
 lint: $(READY)  ## check code and notebooks with ruff, and mend what can be mended
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

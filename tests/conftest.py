@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 
-import psutil
 import pytest
 import torch
 
@@ -30,6 +29,8 @@ def in_a_session():
 
     The child heeds Ctrl-C. What runs in the background, as tests may, starts with SIGINT ignored.
     """
+    import psutil  # here, as the tests of the core need torch alone
+
     started = []
 
     def start(command, **options):
@@ -55,6 +56,8 @@ def signal_session():
 
     Nothing that it had started may be left.
     """
+
+    import psutil
 
     def send(head, how, family):
         os.killpg(head.pid, how)

@@ -56,6 +56,62 @@ def test_the_version_agrees_everywhere():
     assert f"version: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+CORE = sorted((ROOT / "rhovae").glob("*.py"))
+# Each in its one module, when it is used.
+OPTIONAL = {"pyro": {"pyro"}, "kernels": {"numba", "numpy"}}
+    "pyro": {"pyro"},
+    "kernels": {"numba", "numpy"},
+}  # each in its one module, when it is used
+
+
+def imported(path):
+    """The modules that a file imports, wherever in it: top-level names, and our own in full."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            found |= {base + "." + a.name for a in node.names} if base == "." else {base}
+    return {name if name.startswith(".") else name.split(".")[0] for name in found}
+
+
+def test_the_core_needs_torch_alone_and_never_the_study():
+    modules = {path.stem for path in CORE}
+    assert {"ar1", "distribution", "posteriors", "vae", "objectives", "pyro"} <= modules
+    for path in CORE:
+        names = imported(path)
+        ours = {name.lstrip(".").split(".")[0] for name in names if name.startswith(".")}
+        assert ours <= modules, f"{path.name} imports {ours - modules}"
+        others = {name for name in names if not name.startswith(".")}
+        others -= set(sys.stdlib_module_names) | {"torch"} | OPTIONAL.get(path.stem, set())
+        assert not others, f"{path.name} imports {others}"
+
+
+def test_importing_the_core_is_quick_and_loads_nothing_of_the_study():
+    """Less than 0.15 s beyond torch; the best of some processes, as others are at work here."""
+    code = (
+        "import sys, time, torch; start = time.perf_counter(); import rhovae;"
+        "print(time.perf_counter() - start);"
+        "heavy = {'torchvision', 'scipy', 'matplotlib', 'torchmetrics', 'PIL', 'numba', 'pyro'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
+        "assert not [name for name in sys.modules if name.startswith('rhovae.study')]"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    seconds = [float(subprocess.check_output(command, cwd=ROOT)) for _ in range(3)]
+    assert min(seconds) < 0.15, seconds
+
+
+def test_without_the_study_s_packages_the_remedy_is_named():
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "try: import rhovae.study\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    text = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert "torchvision, which is not installed" in text and "pip install rhovae[study]" in text
+
+
 def test_importing_the_package_changes_nothing_global():
     code = (
         "import matplotlib, torch; before = dict(matplotlib.rcParams), torch.initial_seed();"

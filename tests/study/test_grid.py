@@ -16,7 +16,7 @@ from rhovae.study import Experiment, run_experiment
 from rhovae.study.checkpoint import read_checkpoint
 from rhovae.study.records import load_record
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import grids  # noqa: E402
 import progress  # noqa: E402

@@ -25,7 +25,7 @@ from rhovae.study.records import load_record
 
 pytestmark = pytest.mark.usefixtures("float32")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("RHOVAE_KILLS", "20"))  # make test-long sets more of both
 FUZZ = int(os.environ.get("RHOVAE_FUZZ", "1000"))
 
