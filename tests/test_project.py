@@ -59,9 +59,6 @@ def test_the_version_agrees_everywhere():
 CORE = sorted((ROOT / "rhovae").glob("*.py"))
 # Each in its one module, when it is used.
 OPTIONAL = {"pyro": {"pyro"}, "kernels": {"numba", "numpy"}}
-    "pyro": {"pyro"},
-    "kernels": {"numba", "numpy"},
-}  # each in its one module, when it is used
 
 
 def imported(path):
