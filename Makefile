@@ -3,20 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 export IPYKERNEL_CELL_NAME := <cell>
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce paper progress figures benchmark book test test-long lint notebooks clean
+.PHONY: help setup reproduce paper progress figures benchmark book test test-core test-oldest test-long lint
+.PHONY: dist notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## build .venv with every dependency at the pinned version
+setup: $(READY)  ## build .venv with every dependency at the pinned version (CONSTRAINTS= for the newest)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} is too old: the pinned versions need 3.11 or newer; name one with: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PIP) -e '.[test]'
 	@touch $(READY)
 
 reproduce: $(READY)  ## the main job: run all notebooks on the embedded images into runs/embedded
@@ -38,12 +41,12 @@ benchmark: $(READY)  ## time sampler, densities and training into data/results/s
 	$(BIN)/python tools/benchmark.py $(ARGS)
 
 book: $(READY)  ## README, notebooks and docstrings as a site, in runs/book/site
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[book]'
+	$(PIP) -e '.[book]'
 	$(BIN)/python tools/book.py
 
 # Two workers with one thread each: on a shared machine more threads only wait for one another.
-test: $(READY)  ## lint, unit tests, doctests, and every cell of every notebook
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+test: $(READY)  ## lint, types, unit tests, doctests, and every cell of every notebook
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -o addopts= \
 	    --nbval --nbval-current-env --nbval-cell-timeout 300 $(STRICT)
@@ -58,11 +61,23 @@ test-long: $(READY)  ## kills, mutations and extremes in larger numbers: about h
 	RHOVAE_KILLS=200 RHOVAE_FUZZ=20000 RHOVAE_EXAMPLES=5000 OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m pytest -q -n 2 tests/study/test_faults.py tests/core/test_extremes.py
 
-lint: $(READY)  ## check code and notebooks with ruff, and mend what can be mended
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+test-core:  ## the core with torch alone, from the wheel, in an environment of its own (TORCH=torch==2.9.1)
+	$(PYTHON) tools/test_core.py --torch '$(TORCH)'
+
+TORCH := torch
+OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
+
+test-oldest:  ## the same with the oldest torch that pyproject.toml admits
+	$(PYTHON) tools/test_core.py --torch 'torch==$(OLDEST).*'
+
+lint: $(READY)  ## check code and notebooks with ruff, mend what can be mended, and check types
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy
+
+dist: $(READY)  ## build what a release publishes (TAG=v0.2.0 checks that it is called so)
+	$(BIN)/python tools/dist.py $(TAG)
 
 notebooks: $(READY)  ## run the committed notebooks in place and normalise them
 	$(BIN)/python tools/notebooks.py execute
 
 clean:  ## remove the environment and everything that was made
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs dist

@@ -169,4 +169,8 @@ def importance_weighted_nll(
     return math.log(samples) - log_sum
 
 
-OBJECTIVES = {"elbo": negative_elbo, "beta-elbo": beta_elbo, "info-vae": info_vae}
+OBJECTIVES: dict[str, Callable[..., Terms]] = {
+    "elbo": negative_elbo,
+    "beta-elbo": beta_elbo,
+    "info-vae": info_vae,
+}

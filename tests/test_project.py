@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tomllib
 import yaml
 
@@ -107,6 +108,46 @@ def test_without_the_study_s_packages_the_remedy_is_named():
     )
     text = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert "torchvision, which is not installed" in text and "pip install rhovae[study]" in text
+
+
+def test_the_wheel_is_code_and_what_it_holds_is_enough(tmp_path):
+    """Below 100 kB; and the README's example runs on it, without the packages of the study."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import dist
+
+    wheel = dist.build(tmp_path)  # refuses anything but code, and more than 100 kB
+    example = re.search(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), re.S)[
+        1
+    ]
+    study = "torchvision scipy matplotlib torchmetrics PIL safetensors tqdm numba".split()
+    code = (
+        f"import sys; sys.path.insert(0, {str(wheel)!r})\n"
+        f"for name in {study}: sys.modules[name] = None\n"
+        f"{example}\nimport rhovae; assert {wheel.name!r} in rhovae.__file__\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_a_release_is_called_by_a_version_that_the_changelog_describes():
+    sys.path.insert(0, str(ROOT / "tools"))
+    import dist
+
+    dist.check_tag(f"v{PROJECT['version']}")
+    with pytest.raises(SystemExit, match=r"The tag is v9, but pyproject.toml has version"):
+        dist.check_tag("v9")
+
+
+def test_the_workflows_run_make_targets_and_nothing_else():
+    makefile = (ROOT / "Makefile").read_text()
+    paths = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert {"tests", "weekly", "book", "release"} == {path.stem for path in paths}
+    for path in paths:
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            for step in job["steps"]:
+                command = step.get("run")
+                target = command and re.fullmatch(r"make ([\w-]+)( \w+=\S*)?", command)
+                assert "uses" in step or target, f"{path.name}: {command}"
+                assert not target or f"\n{target[1]}:" in makefile, target
 
 
 def test_importing_the_package_changes_nothing_global():

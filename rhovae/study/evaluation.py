@@ -1,11 +1,13 @@
 """How good a trained VAE is: -ELBO and its parts, importance-weighted NLL, and inference gaps."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 
+from ..distribution import AR1Normal
 from ..objectives import (
     Terms,
     bernoulli_nll,
@@ -47,7 +49,7 @@ def evaluate(
     return means_per_image(torch.stack(sums), len(images)), rho
 
 
-def _has_neighbours(q: Distribution) -> bool:
+def _has_neighbours(q: Distribution) -> TypeGuard[AR1Normal]:
     """Whether a posterior has correlations of neighbours; one latent variable has none."""
     return hasattr(q, "rho") and q.event_shape[-1] > 1
 

@@ -34,7 +34,11 @@ from .records import SCHEMA, load_record, require_writable, save_record
 from .training import fit, pick_device, set_seed
 
 ALL_POSTERIORS = POSTERIORS | PUBLISHED_POSTERIORS
-ALL_OBJECTIVES = OBJECTIVES | {"as-published": published_loss, "divided-kl": divided_loss}
+ALL_OBJECTIVES = {
+    **OBJECTIVES,
+    "as-published": published_loss,
+    "divided-kl": divided_loss,
+}
 OBJECTIVE_SETTINGS = {"beta-elbo": ("beta",), "info-vae": ("alpha", "lambda_", "kernel")}
 INITIALISATIONS = ("torch", "xavier")
 # What is judged after training: it does not decide what is trained.
@@ -171,10 +175,10 @@ class Experiment:
         main = ("dataset", "source", "architecture", "objective", "posterior")
         parts = [getattr(self, key) for key in main]
         parts += [part for part in (f"d{self.latent}", epochs, f"s{self.seed}") if part]
-        hidden = {*main, *hidden, "latent", "seed"}
+        left_out = {*main, *hidden, "latent", "seed"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in hidden and value != field.default:
+            if field.name not in left_out and value != field.default:
                 parts.append(f"{field.name}={value}")
         return "-".join(parts)
 
@@ -247,14 +251,14 @@ def run_experiment(
             same = record["data"] == _fingerprints(*images)
         if same:
             return record
-    for place in (folder, checkpoints):
-        if place:
-            require_writable(place, experiment.name)
+    for kept in (folder, checkpoints):
+        if kept:
+            require_writable(kept, experiment.name)
     images = images or _images(experiment, train, test, root)
-    device = pick_device(device)
-    train, test = (_resized(part, experiment.image_size).to(device) for part in images)
-    vae = build_vae(experiment, tuple(train.shape[1:])).to(device)
-    origin = environment(device)
+    place = pick_device(device)
+    train, test = (_resized(part, experiment.image_size).to(place) for part in images)
+    vae = build_vae(experiment, tuple(train.shape[1:])).to(place)
+    origin = environment(place)
     checkpoint = _checkpoint(experiment, images, origin, checkpoints) if checkpoints else None
     history = fit(
         vae, train, test, build_objective(experiment),
@@ -304,7 +308,7 @@ def _judge(experiment: Experiment, vae: VAE, train: Tensor, test: Tensor, root) 
         "images": len(judged),
     }
     stream(5)
-    parts = {"iwae": iwae, "latent": latent_statistics(vae, test)}
+    parts: dict = {"iwae": iwae, "latent": latent_statistics(vae, test)}
     if experiment.gap_images:
         stream(7)
         parts["gaps"] = inference_gaps(vae, test[: experiment.gap_images])
@@ -354,8 +358,11 @@ def _images(experiment, train, test, root) -> tuple[Tensor, Tensor]:
                 f"{tuple(test.shape[1:])}; they must be the same."
             )
         return train, test
-    parts = ("train", "test")
-    return tuple(load_images(experiment.dataset, s, experiment.source, root) for s in parts)
+    train, test = (
+        load_images(experiment.dataset, split, experiment.source, root)
+        for split in ("train", "test")
+    )
+    return train, test
 
 
 def _resized(images: Tensor, size: int) -> Tensor:
@@ -369,4 +376,5 @@ def _xavier_uniform(module: nn.Module) -> None:
     """Linear and Conv2d layers only, as in the paper's script; transposed ones keep torch's."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

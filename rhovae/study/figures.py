@@ -7,6 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
 
 from .records import by_posterior, curve, decode_png, paired_difference, student_interval
 
@@ -151,6 +153,7 @@ def paired_differences(
         predicted: (title, posterior) -> nats, drawn as a cross.
         columns: panels in a row.
     """
+    predicted = predicted or {}
     rows = -(-len(panels) // columns)
     size = (4.6 * columns, 0.4 + 2.4 * rows)
     figure, all_axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
@@ -164,7 +167,7 @@ def paired_differences(
                 half, y = (high - low) / 2, place + 0.25 * k
                 style = dict(fmt="os"[k], color=color, mfc=color if k == 0 else "white")
                 axes.errorbar(gaps.mean(), y, xerr=half, **style, **line)
-            if (title, name) in (predicted or {}):
+            if (title, name) in predicted:
                 axes.plot(predicted[title, name], place - 0.22, "kx", ms=6)
         axes.axvline(0, color=COLORS["diagonal"])
         axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
@@ -175,9 +178,9 @@ def paired_differences(
         axes.set_xlabel("minus diagonal (nats)")
     for axes in all_axes.flat[len(panels) :]:
         axes.set_axis_off()
-    shown = [plt.Line2D([], [], marker="os"[k], ls="", color="0.3", mfc=("0.3", "white")[k])
+    shown = [Line2D([], [], marker="os"[k], ls="", color="0.3", mfc=("0.3", "white")[k])
              for k in range(len(quantities))]  # fmt: skip
-    shown += [plt.Line2D([], [], marker="x", ls="", color="k")] * bool(predicted)
+    shown += [Line2D([], [], marker="x", ls="", color="k")] * bool(predicted)
     figure.legend(shown, [*quantities, "Theorem 2"][: len(shown)], loc="outside lower center",
                   ncols=3)  # fmt: skip
     return figure
@@ -233,11 +236,11 @@ def latent_maps(records: list[dict]) -> Figure:
         dots = axes.scatter(*np.array(places["points"]).T, s=4, **colors)
         for share in (0.5, 0.95):
             radius = np.sqrt(-2 * np.log(1 - share))
-            axes.add_patch(plt.Circle((0, 0), radius, fill=False, color="0.5", lw=0.8))
+            axes.add_patch(Circle((0, 0), radius, fill=False, color="0.5", lw=0.8))
         axes.set_aspect("equal")
-        shown = places["explained"]
-        share = "" if shown in (None, 1) else f", {shown:.0%} of variance"
-        axes.set_title(LABELS[record["experiment"]["posterior"]] + share)
+        explained = places["explained"]
+        rest = "" if explained in (None, 1) else f", {explained:.0%} of variance"
+        axes.set_title(LABELS[record["experiment"]["posterior"]] + rest)
     if known:
         figure.legend(*dots.legend_elements(), loc="outside right center", title="class")
     return figure

@@ -137,6 +137,7 @@ def decompose(vae: VAE, images: Tensor, batch_size: int) -> dict[str, float]:
     sums = torch.zeros(6, dtype=torch.float64)
     for batch in images.split(batch_size):
         q = vae.encode(to_unit_interval(batch))
+        assert isinstance(q, PublishedNormal)
         kl_true = kl_divergence(q, standard_normal_like(q.mean))
         per_image = (q.charged_kl(len(batch)), q.formula_kl, kl_true, q.location_kl,
                      q.charged_rho.squeeze(-1), q.log_s.squeeze(-1))  # fmt: skip

@@ -41,7 +41,7 @@ def save_record(record: dict, folder: str | Path) -> Path:
     return path
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that its name never stands for half of it, whatever happens meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two processes that write the same file, on whatever machines, must not share this one.
@@ -171,7 +171,7 @@ def published_curves(path: str | Path, figure: str) -> dict[tuple[str, str], dic
         figure: "figure1_vae", "figure3_beta_vae", "figure4_cnn_vae", "figure5_info_vae" or
             "notebook".
     """
-    curves = {}
+    curves: dict = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             if row["figure"] == figure:
@@ -214,7 +214,7 @@ def student_interval(differences, level: float = 0.95) -> tuple[float, float]:
 
 def by_posterior(records: list[dict]) -> dict[str, list[dict]]:
     """Records grouped by posterior, in order of first appearance."""
-    groups = {}
+    groups: dict[str, list[dict]] = {}
     for record in records:
         groups.setdefault(record["experiment"]["posterior"], []).append(record)
     return groups
@@ -267,7 +267,7 @@ def quality_table(records: list[dict]) -> str:
 
 
 def _same_but_for_the_seed(records: list[dict]) -> list[list[dict]]:
-    groups = {}
+    groups: dict = {}
     for record in records:
         # By the name, which leaves out what is default: older records lack the later fields.
         seed = record["experiment"]["seed"]

@@ -99,7 +99,7 @@ def fit(
         sums = train_epoch(vae, train, loss_of, optimizer, batch_size, clip_norm)
         bad = (~sums[:, 0].isfinite()).nonzero()
         if len(bad):
-            step = bad[0].item()
+            step = int(bad[0])
             vae.load_state_dict(before[0])
             optimizer.load_state_dict(before[1])
             set_seed(seed, 1, epoch)  # once more, as far as all was well
@@ -193,7 +193,7 @@ def _last_step(vae: VAE, losses: Tensor, batch_size: int) -> str:
     gradients = {n: p.grad.abs().max() for n, p in vae.named_parameters() if p.grad is not None}
     if not len(losses) or not gradients:
         return "no step of it went well"
-    name = max(gradients, key=gradients.get)
+    name = max(gradients, key=lambda name: float(gradients[name]))
     return (
         f"the step before had {losses[-1].item() / batch_size:.6g} nats per image, and its largest "
         f"gradient in {name} ({gradients[name].item():.3g})"
