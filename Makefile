@@ -62,13 +62,13 @@ test-long: $(READY)  ## kills, mutations and extremes in larger numbers: about h
 	    $(BIN)/python -m pytest -q -n 2 tests/study/test_faults.py tests/core/test_extremes.py
 
 test-core:  ## the core with torch alone, from the wheel, in an environment of its own (TORCH=torch==2.9.1)
-	$(PYTHON) tools/test_core.py --torch '$(TORCH)'
+	$(PYTHON) tools/core_alone.py --torch '$(TORCH)'
 
 TORCH := torch
 OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
 
 test-oldest:  ## the same with the oldest torch that pyproject.toml admits
-	$(PYTHON) tools/test_core.py --torch 'torch==$(OLDEST).*'
+	$(PYTHON) tools/core_alone.py --torch 'torch==$(OLDEST).*'
 
 lint: $(READY)  ## check code and notebooks with ruff, mend what can be mended, and check types
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy

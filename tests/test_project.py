@@ -12,6 +12,11 @@ import tomllib
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import core_alone  # noqa: E402
+import dist  # noqa: E402
+import readme  # noqa: E402
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch"}
 
@@ -112,26 +117,17 @@ def test_without_the_study_s_packages_the_remedy_is_named():
 
 def test_the_wheel_is_code_and_what_it_holds_is_enough(tmp_path):
     """Below 100 kB; and the README's example runs on it, without the packages of the study."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import dist
-
     wheel = dist.build(tmp_path)  # refuses anything but code, and more than 100 kB
-    example = re.search(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), re.S)[
-        1
-    ]
     study = "torchvision scipy matplotlib torchmetrics PIL safetensors tqdm numba".split()
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r})\n"
         f"for name in {study}: sys.modules[name] = None\n"
-        f"{example}\nimport rhovae; assert {wheel.name!r} in rhovae.__file__\n"
+        f"{core_alone.example()}\nimport rhovae; assert {wheel.name!r} in rhovae.__file__\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_a_release_is_called_by_a_version_that_the_changelog_describes():
-    sys.path.insert(0, str(ROOT / "tools"))
-    import dist
-
     dist.check_tag(f"v{PROJECT['version']}")
     with pytest.raises(SystemExit, match=r"The tag is v9, but pyproject.toml has version"):
         dist.check_tag("v9")
@@ -168,15 +164,12 @@ def test_figures_and_records_need_no_model_code():
 
 
 def test_the_results_in_the_readme_are_those_of_the_records():
-    sys.path.insert(0, str(ROOT / "tools"))
-    import readme
-
     text = (ROOT / "README.md").read_text()
     assert readme.updated(text) == text, "run: python tools/readme.py"
 
 
 def test_the_recipe_in_the_readme_runs():
-    code = re.search(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    code = core_alone.example()
     subprocess.run([sys.executable, "-c", code + "\nassert kl.shape == (128,)"], check=True)
 
 

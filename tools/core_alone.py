@@ -1,6 +1,6 @@
 """The core as its users have it: the wheel and torch alone, in an environment of its own.
 
-    python tools/test_core.py [--torch 'torch==2.1.2']
+    python tools/core_alone.py [--torch 'torch==2.1.2']
 
 Builds the wheel, installs it in a new environment outside the clone, runs the README's example and
 the core's tests there. Nothing of the study is installed.
