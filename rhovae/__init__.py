@@ -3,8 +3,9 @@
 What is imported here needs torch alone. The experiments that it was studied by are `rhovae.study`.
 """
 
+from .chains import AR1Prior, Sites
 from .distribution import AR1Normal
 from .posteriors import POSTERIORS
 from .vae import VAE
 
-__all__ = ["POSTERIORS", "VAE", "AR1Normal"]
+__all__ = ["POSTERIORS", "VAE", "AR1Normal", "AR1Prior", "Sites"]

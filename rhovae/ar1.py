@@ -37,7 +37,7 @@ def innovation_scale(rho: Tensor) -> Tensor:
     return ((1 - rho) * (1 + rho)).sqrt()
 
 
-def log_one_minus_rho_squared(rho: Tensor) -> Tensor:
+def log_one_minus_rho_squared(rho: Tensor, innovation: Tensor | None = None) -> Tensor:
     """log(1 - rho^2) from a correlation that is exact as given.               (1.4), notebooks/01
 
     log1p(-rho) + log1p(rho) near |rho| = 1, where rho^2 would round 1 - rho^2 away, and
@@ -45,10 +45,14 @@ def log_one_minus_rho_squared(rho: Tensor) -> Tensor:
 
     Args:
         rho: correlations in (-1, 1), any shape.
+        innovation: sqrt(1 - rho^2) in the shape of rho, if known more precisely than from rho.
     Returns:
         Same shape, at most 0.
     """
-    large = torch.log1p(-rho) + torch.log1p(rho)
+    if innovation is None:
+        large = torch.log1p(-rho) + torch.log1p(rho)
+    else:
+        large = 2 * innovation.log()
     small = torch.log1p(-rho.clamp(-0.5, 0.5).square())
     return torch.where(rho.abs() < 0.5, small, large)
 
@@ -107,7 +111,7 @@ class _FisherZ(torch.autograd.Function):
         return innovation * (of_rho * innovation - of_innovation * rho) - 2 * of_log * rho
 
 
-def scan(innovations: Tensor, rho: Tensor) -> Tensor:
+def scan(innovations: Tensor, rho: Tensor, *, reverse: bool = False) -> Tensor:
     """Run the recursion x_1 = u_1, x_j = rho_{j-1} x_{j-1} + u_j in parallel.
 
     x = (I - rho S)^-1 u = ... (I + rho^4 S^4) (I + rho^2 S^2) (I + rho S) u    (3.3), notebooks/03
@@ -118,11 +122,12 @@ def scan(innovations: Tensor, rho: Tensor) -> Tensor:
     Args:
         innovations: u, shape (*batch, latent); batch shapes of u and rho broadcast.
         rho: (*batch, 1) or (*batch, latent - 1), any real numbers.
+        reverse: run from the other end, x_d = u_d, x_j = rho_j x_{j+1} + u_j: the transpose, (3.5).
     Returns:
         x, shape (*batch, latent).
     """
     _check_rho_shape(rho, innovations.shape[-1])
-    return _Chain.apply(innovations, rho, None, False)
+    return _Chain.apply(innovations, rho, None, reverse)
 
 
 class _Chain(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch.distributions import (
 from torch.distributions.kl import kl_divergence, register_kl
 from torch.distributions.utils import _standard_normal, lazy_property
 
-from . import ar1
+from . import ar1, smoothing
 
 
 class _OpenInterval(constraints.interval):
@@ -47,6 +47,15 @@ class AR1Normal(Distribution):
     O(log d), everything else O(d), except the dense matrices, which are formed only when asked for.
     What follows from the parameters is computed once and kept, with its graph, as in torch's own:
     after a parameter has changed in place (a step of an optimiser), make a new instance.
+
+    Along time, note that `scale` is the marginal standard deviation of each variable, not that of
+    an innovation, and rho a correlation, not the coefficient of a transition:
+
+        z_{j+1} - loc_{j+1} = coefficient_j (z_j - loc_j) + innovation_scale_j e_{j+1}
+        coefficient_j = rho_j scale_{j+1} / scale_j
+
+    which may exceed 1 in size where the scale grows. `from_transitions` takes these, and
+    `condition` gives the chain after it was observed.
 
     Args:
         loc: mean, shape (*batch, latent).
@@ -89,16 +98,7 @@ class AR1Normal(Distribution):
     def __init__(self, loc, scale, rho=None, *, fisher_z=None, validate_args=None):
         if (rho is None) == (fisher_z is None):
             raise ValueError("AR1Normal needs either rho or fisher_z, and not both.")
-        if not isinstance(loc, Tensor) or not loc.is_floating_point() or loc.dim() < 1:
-            raise ValueError(
-                "AR1Normal: loc must be a floating-point tensor of shape (*batch, latent) with at "
-                f"least one dimension, but it is {_describe(loc)}."
-            )
-        latent = loc.shape[-1]
-        if latent < 1:
-            raise ValueError(
-                f"AR1Normal: loc has shape {tuple(loc.shape)}; it needs at least 1 latent variable."
-            )
+        latent = _latent_of(loc)
         name, dependence = ("rho", rho) if fisher_z is None else ("fisher_z", fisher_z)
         scale = _as_parameter("scale", scale, loc, (1, latent))
         dependence = _as_parameter(name, dependence, loc, (1, latent - 1))
@@ -106,14 +106,7 @@ class AR1Normal(Distribution):
         batch_shape = loc.shape[:-1]
         # In a training step they agree; then neither the question nor three views are needed.
         if any(value.shape[:-1] != batch_shape for value in parameters.values()):
-            try:
-                batch_shape = torch.broadcast_shapes(*(v.shape[:-1] for v in parameters.values()))
-            except RuntimeError:
-                raise ValueError(
-                    f"AR1Normal: the batch shapes of loc {tuple(loc.shape)}, scale "
-                    f"{tuple(scale.shape)} and {name} {tuple(dependence.shape)} do not broadcast; "
-                    "they are all dimensions but the last."
-                ) from None
+            batch_shape = _check_batches(**parameters)
             parameters = {k: value.expand(*batch_shape, -1) for k, value in parameters.items()}
         self.__dict__.update(parameters)
         self._given = name
@@ -123,6 +116,68 @@ class AR1Normal(Distribution):
         )
         if self._validate_args:
             self._validate_parameters()
+
+    @classmethod
+    def from_precision(cls, loc, diagonal, off_diagonal, *, validate_args=None):
+        """The chain whose inverse covariance is tridiagonal.               (10.3), notebooks/10
+
+        The pivots of the precision are differences; near |rho| = 1 they lose digits, all of them
+        where 1 - rho^2 is below the last digit. After observations prefer `condition`, which
+        subtracts nothing.
+
+        Args:
+            loc: mean, (*batch, latent).
+            diagonal: of the precision, (*batch, latent).
+            off_diagonal: the entries beside it, (*batch, latent - 1). Batch shapes broadcast.
+        Raises:
+            ValueError: shapes that do not fit, and, with validate_args, a precision that is not
+                positive definite.
+        """
+        latent = _latent_of(loc)
+        diagonal = _as_parameter("diagonal", diagonal, loc, (latent,))
+        off_diagonal = _as_parameter("off_diagonal", off_diagonal, loc, (latent - 1,))
+        _check_batches(loc=loc, diagonal=diagonal, off_diagonal=off_diagonal)
+        chain, pivots = smoothing.from_precision(diagonal, off_diagonal)
+        if Distribution._validate_args if validate_args is None else validate_args:
+            valid = (pivots > 0).all(-1)
+            if not valid.all():
+                raise ValueError(
+                    "AR1Normal: the tridiagonal precision must be positive definite, but of "
+                    f"{valid.numel()} in the batch, {(~valid).sum().item()} are not. A negative "
+                    "pivot of rounding size means |rho| near 1: use condition or from_transitions."
+                )
+        fisher_z = torch.asinh(chain.rho / chain.innovation)
+        return cls(loc, chain.scale, fisher_z=fisher_z, validate_args=validate_args)
+
+    @classmethod
+    def from_transitions(
+        cls, loc, scale_first, coefficient, innovation_scale, *, validate_args=None
+    ):
+        """The chain z_{j+1} - loc_{j+1} = coefficient_j (z_j - loc_j) + innovation_scale_j e.
+
+                                                                            (10.3), notebooks/10
+        Args:
+            loc: mean, (*batch, latent).
+            scale_first: standard deviation of the first variable, (*batch, 1), or a number.
+            coefficient: (*batch, 1) or (*batch, latent - 1), or a number; of any size.
+            innovation_scale: likewise, positive. Batch shapes broadcast.
+        Raises:
+            ValueError: shapes that do not fit, and, with validate_args, values out of range.
+        """
+        steps = _latent_of(loc) - 1
+        first = _as_parameter("scale_first", scale_first, loc, (1,))
+        coefficient = _as_parameter("coefficient", coefficient, loc, (1, steps))
+        innovation = _as_parameter("innovation_scale", innovation_scale, loc, (1, steps))
+        _check_batches(
+            loc=loc, scale_first=first, coefficient=coefficient, innovation_scale=innovation
+        )
+        if Distribution._validate_args if validate_args is None else validate_args:
+            for name, value in (("scale_first", first), ("innovation_scale", innovation)):
+                _check_entries(name, value, value > 0, "must be positive standard deviations")
+        innovation = innovation.expand(*innovation.shape[:-1], steps)
+        chain = smoothing.from_transitions(first, coefficient, innovation)
+        fisher_z = torch.asinh(chain.rho / chain.innovation)
+        return cls(loc, chain.scale, fisher_z=fisher_z, validate_args=validate_args)
 
     def _validate_parameters(self):
         remedies = {
@@ -136,20 +191,23 @@ class AR1Normal(Distribution):
                 continue
             value = self.__dict__[name]
             constraint = self.arg_constraints[name].base_constraint
-            valid = constraint.check(value) & value.isfinite()
-            if not valid.all():
-                raise ValueError(
-                    f"AR1Normal: the entries of {name} {remedy}, but of {value.numel()} in shape "
-                    f"{tuple(value.shape)}, {(~valid).sum().item()} are not; the first is "
-                    f"{value[~valid][0].item():.6g}."
-                )
+            _check_entries(name, value, constraint.check(value), remedy)
 
     def expand(self, batch_shape, _instance=None):
+        if self._given in self.__dict__:
+            known = {self._given: self.__dict__[self._given]}
+        else:
+            known = {"rho": self.rho, "_innovation": self._innovation}
+        return self._remade(batch_shape, _instance, loc=self.loc, scale=self.scale, **known)
+
+    def _remade(self, batch_shape, _instance=None, **known: Tensor) -> "AR1Normal":
+        """One like this with other numbers, unchecked: loc, scale, and rho or fisher_z; or rho and
+        _innovation, from which fisher_z follows when it is asked for."""
         new = self._get_checked_instance(AR1Normal, _instance)
         batch_shape = torch.Size(batch_shape)
-        new._given = self._given
-        for name in ("loc", "scale", self._given):
-            new.__dict__[name] = getattr(self, name).expand(*batch_shape, -1)
+        new._given = "fisher_z" if "_innovation" in known else self._given
+        for name, value in known.items():
+            new.__dict__[name] = value.expand(*batch_shape, -1)
         super(AR1Normal, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -164,7 +222,9 @@ class AR1Normal(Distribution):
 
     @lazy_property
     def fisher_z(self) -> Tensor:
-        return self.rho.atanh()
+        if self._given == "rho":
+            return self.rho.atanh()
+        return torch.asinh(self.rho / self._innovation)
 
     @lazy_property
     def _innovation(self) -> Tensor:
@@ -173,11 +233,17 @@ class AR1Normal(Distribution):
         return ar1.innovation_scale(self.rho)
 
     @lazy_property
+    def _log_steps(self) -> Tensor:
+        """log(1 - rho^2), shared or per step."""
+        if self._given == "rho":
+            return ar1.log_one_minus_rho_squared(self.rho)
+        if "fisher_z" in self.__dict__:
+            return self._from_fisher_z.log_one_minus_rho_squared
+        return ar1.log_one_minus_rho_squared(self.rho, self._innovation)
+
+    @lazy_property
     def _log_det_correlation(self) -> Tensor:
-        if self._given == "fisher_z":
-            values = self._from_fisher_z.log_one_minus_rho_squared
-            return ar1.sum_steps(values, self._latent - 1)
-        return ar1.log_det(self.rho, self._latent)
+        return ar1.sum_steps(self._log_steps, self._latent - 1)
 
     @lazy_property
     def _half_log_det(self) -> Tensor:
@@ -227,12 +293,9 @@ class AR1Normal(Distribution):
         """Reparametrised draws, shape (*sample_shape, *batch, latent).      (3.2), notebooks/03"""
         shape = self._extended_shape(sample_shape)
         noise = _standard_normal(shape, dtype=self.loc.dtype, device=self.loc.device)
-        if self._given == "fisher_z":
-            rho, innovation, _ = self._from_fisher_z
-        else:
-            rho, innovation = self.rho, self._innovation
+        x = ar1.correlate(noise, self.rho, self._innovation)
         # Not addcmul: rounded in two steps, as in Normal, rho = 0 gives its draws to the last bit.
-        return self.loc + self.scale * ar1.correlate(noise, rho, innovation)
+        return self.loc + self.scale * x
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, from the whitened value in O(d).             (2.2), notebooks/02"""
@@ -247,12 +310,175 @@ class AR1Normal(Distribution):
         """d/2 (1 + log 2 pi) + 1/2 log det, in nats, shape batch_shape.     (2.6), notebooks/02"""
         return 0.5 * self._latent * (1 + math.log(2 * math.pi)) + self._half_log_det
 
+    @property
+    def coefficient(self) -> Tensor:
+        """What a step carries over of the last deviation, (*batch, latent - 1); may exceed 1."""
+        stddev = self.stddev
+        return self.rho * stddev[..., 1:] / stddev[..., :-1]
+
+    @property
+    def innovation_scale(self) -> Tensor:
+        """Standard deviation of what a step adds, scale_{j+1} sqrt(1 - rho_j^2), likewise."""
+        return self.stddev[..., 1:] * self._innovation
+
+    def window(self, start: int | None, stop: int | None) -> "AR1Normal":
+        """Marginal distribution of the variables start, ..., stop - 1, counted as in a slice."""
+        start, stop, _ = slice(start, stop).indices(self._latent)
+        if stop <= start:
+            raise ValueError(
+                f"AR1Normal: the window from {start} to {stop} of {self._latent} variables is "
+                "empty; stop is excluded, as in a slice."
+            )
+        part = {"loc": self.loc[..., start:stop], "scale": self.scale, self._given: None}
+        if self.scale.shape[-1] > 1:
+            part["scale"] = self.scale[..., start:stop]
+        dependence = getattr(self, self._given)
+        shared = dependence.shape[-1] == 1
+        part[self._given] = dependence if shared else dependence[..., start : stop - 1]
+        return type(self)(**part, validate_args=self._validate_args)
+
+    def condition(self, value: Tensor, *, precision) -> "AR1Normal":
+        """The exact posterior of this chain after independent Gaussian observations of it.
+
+        p(z) prod_t N(value_t; z_t, 1 / precision_t), normalised: a Kalman smoother in closed form,
+        and an AR1Normal again, because observations add only to the diagonal of the precision
+        (10.1), notebooks/10. By (10.2) to (10.4), without subtraction and at depth O(log latent).
+
+        To forecast, or to interpolate on a finer grid, make the chain on the longer or finer grid
+        and give precision 0 to the steps without an observation; to fill in gaps, likewise::
+
+            >>> import torch
+            >>> from rhovae import AR1Normal
+            >>> hourly = AR1Normal(torch.zeros(5), scale=1.0, rho=0.5)
+            >>> nan = float("nan")
+            >>> value = torch.tensor([nan, 2.0, nan, nan, nan])  # one observation, without noise
+            >>> precision = torch.tensor([0.0, 1e9, 0.0, 0.0, 0.0])
+            >>> q = hourly.condition(value, precision=precision)
+            >>> q.mean
+            tensor([1.0000, 2.0000, 1.0000, 0.5000, 0.2500])
+
+        Everything is differentiable, in value, precision and the parameters of the chain. This is
+        not pyro.condition, which fixes the value of a sample site.
+
+        Args:
+            value: what was observed, (*batch, latent), in the units of loc. Where the precision is
+                0 it does not matter and may be NaN.
+            precision: inverse variance of the noise, at least 0 and finite, (*batch, 1) or
+                (*batch, latent), or a number; 0 is not observed. Batch shapes broadcast.
+        Returns:
+            The posterior, of the same class.
+        Raises:
+            ValueError: shapes that do not fit, and, with validate_args, a precision that is
+                negative or not finite, or a value that is not finite where it was observed.
+        """
+        value, precision = self._observations(value, precision)
+        weight = precision * self.scale.square()
+        return self._given_sites(weight, weight * (value - self.loc) / self.scale)
+
+    def log_evidence(self, value: Tensor, *, precision, posterior: "AR1Normal | None" = None):
+        """log p(value): how probable the observations are with the chain integrated out.
+
+        log p(z) + log p(value | z) - log q(z), for every z the same; at the mean of q it needs no
+        determinant but the ratio of q's and p's.                           (10.6), notebooks/10
+
+        The density of real observations, whose noise has this precision; it is not an ELBO, and
+        not meaningful for pseudo-observations that a network made up.
+
+        Args:
+            value, precision: as in `condition`; steps with precision 0 do not count.
+            posterior: what `condition` returned for them, if it is there already.
+        Returns:
+            Nats, shape batch_shape (that of the observations, where it is larger).
+        Raises:
+            ValueError: as in `condition`.
+        """
+        q = self.condition(value, precision=precision) if posterior is None else posterior
+        _check_same_event(q, self)
+        value, precision = self._observations(value, precision)
+        observed = precision > 0
+        log_precision = torch.where(observed, precision, 1).log() - math.log(2 * math.pi)
+        fit = torch.where(observed, log_precision, 0) - precision * (value - q.loc).square()
+        whitened = self._whiten((q.loc - self.loc) / self.scale).square()
+        # Step by step: the determinants themselves are large, and their difference is not.
+        ratio = (q.stddev / self.scale).log().sum(-1)
+        ratio = ratio + ar1.sum_steps(q._log_steps - self._log_steps, self._latent - 1) / 2
+        return (fit - whitened).sum(-1) / 2 + ratio
+
+    def _observations(self, value, precision) -> tuple[Tensor, Tensor]:
+        """Both checked and (*batch, latent), and no NaN where nothing was observed."""
+        latent = self._latent
+        value = _as_parameter("value", value, self.loc, (latent,))
+        precision = _as_parameter("precision", precision, self.loc, (1, latent))
+        _check_batches(loc=self.loc, value=value, precision=precision)
+        observed = precision > 0
+        if self._validate_args:
+            remedy = "must be finite and not negative (0 where there is no observation)"
+            _check_entries("precision", precision, precision >= 0, remedy)
+            valid = value.isfinite() | ~observed
+            if not valid.all():
+                raise ValueError(
+                    f"AR1Normal: {(~valid).sum().item()} values are not finite numbers but have "
+                    "a positive precision; give precision 0 where there is no observation."
+                )
+        # Before any product: 0 * nan is nan, in the backward pass too.
+        value = torch.where(observed | value.isfinite(), value, self.loc)
+        return value, precision.expand(*precision.shape[:-1], latent)
+
+    def _given_sites(self, weight: Tensor, shift: Tensor) -> "AR1Normal":
+        """The posterior after observations of z in units of the scale: precision w, and w times
+        the value."""
+        mean, chain = smoothing.condition(self.rho, self._innovation, weight, shift)
+        loc = self.loc + self.scale * mean
+        return self._remade(
+            loc.shape[:-1],
+            loc=loc,
+            scale=self.scale * chain.scale,
+            rho=chain.rho,
+            _innovation=chain.innovation,
+        )
+
     def _whiten(self, x: Tensor) -> Tensor:
         return ar1.whiten(x, self.rho, self._innovation)
 
 
-def _as_parameter(name: str, value, loc: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """`value` as a tensor beside `loc` whose last dimension has one of two sizes."""
+def _latent_of(loc) -> int:
+    """Number of variables, of a loc that can be one."""
+    if not isinstance(loc, Tensor) or not loc.is_floating_point() or loc.dim() < 1:
+        raise ValueError(
+            "AR1Normal: loc must be a floating-point tensor of shape (*batch, latent) with at "
+            f"least one dimension, but it is {_describe(loc)}."
+        )
+    if loc.shape[-1] < 1:
+        raise ValueError(
+            f"AR1Normal: loc has shape {tuple(loc.shape)}; it needs at least 1 latent variable."
+        )
+    return loc.shape[-1]
+
+
+def _check_batches(**tensors: Tensor) -> torch.Size:
+    """The batch shape that these broadcast to."""
+    try:
+        return torch.broadcast_shapes(*(value.shape[:-1] for value in tensors.values()))
+    except RuntimeError:
+        *shapes, last = (f"{name} {tuple(value.shape)}" for name, value in tensors.items())
+        raise ValueError(
+            f"AR1Normal: the batch shapes of {', '.join(shapes)} and {last} do not broadcast; "
+            "they are all dimensions but the last."
+        ) from None
+
+
+def _check_entries(name: str, value: Tensor, valid: Tensor, remedy: str) -> None:
+    valid = valid & value.isfinite()
+    if not valid.all():
+        raise ValueError(
+            f"AR1Normal: the entries of {name} {remedy}, but of {value.numel()} in shape "
+            f"{tuple(value.shape)}, {(~valid).sum().item()} are not; the first is "
+            f"{value[~valid][0].item():.6g}."
+        )
+
+
+def _as_parameter(name: str, value, loc: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """`value` as a tensor beside `loc` whose last dimension has one of these sizes."""
     if isinstance(value, Number):
         value = loc.new_tensor(value)
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -262,9 +488,10 @@ def _as_parameter(name: str, value, loc: Tensor, sizes: tuple[int, int]) -> Tens
         )
     value = value.reshape(1) if value.dim() == 0 else value
     if value.shape[-1] not in sizes:
+        expected = f"{sizes[0]} (shared) or {sizes[1]}" if len(sizes) == 2 else f"{sizes[0]}"
         raise ValueError(
             f"AR1Normal: {name} has shape {tuple(value.shape)}; beside loc of shape "
-            f"{tuple(loc.shape)} its last dimension must be {sizes[0]} (shared) or {sizes[1]}."
+            f"{tuple(loc.shape)} its last dimension must be {expected}."
         )
     return value
 

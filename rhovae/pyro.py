@@ -10,7 +10,9 @@ except ModuleNotFoundError as error:
         "rhovae.pyro needs Pyro, which is not installed; install it with: pip install rhovae[pyro]"
     ) from error
 
-from . import distribution
+from torch.distributions import Independent, Normal
+
+from . import chains, distribution
 
 
 class AR1Normal(distribution.AR1Normal, TorchDistributionMixin):
@@ -21,3 +23,30 @@ class AR1Normal(distribution.AR1Normal, TorchDistributionMixin):
         """Of the parameters that were given: Pyro makes new instances from all it finds here."""
         constraints = distribution.AR1Normal.arg_constraints
         return {name: constraints[name] for name in ("loc", "scale", self._given)}
+
+    def conjugate_update(self, other):
+        """This chain times a diagonal normal over the same variables, as Pyro asks for it.
+
+        `pyro.infer.reparam.ConjugateReparam` takes the other as the guide: with noise of known
+        scale, Normal(value, scale).to_event(1).
+
+        Args:
+            other: Independent(Normal, 1) with the event shape of this chain.
+        Returns:
+            The normalised product, and the logarithm of what the product integrates to: for every
+            z, self.log_prob(z) + other.log_prob(z) is the sum of the two.
+        """
+        base = getattr(other, "base_dist", None)
+        if not isinstance(other, Independent) or not isinstance(base, Normal):
+            raise NotImplementedError(
+                "AR1Normal.conjugate_update takes Normal(value, scale).to_event(1), but the other "
+                f"distribution is {other}."
+            )
+        precision = base.scale.square().reciprocal()
+        updated = self.condition(base.loc, precision=precision)
+        return updated, self.log_evidence(base.loc, precision=precision, posterior=updated)
+
+
+class AR1Prior(chains.AR1Prior):
+    __doc__ = chains.AR1Prior.__doc__
+    distribution = AR1Normal

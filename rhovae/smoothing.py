@@ -1,0 +1,185 @@
+"""Gauss-Markov chains from their parts: by conditioning, from transitions, from a precision.
+
+A chain given by its transitions, x_1 with variance V_1 and
+
+    x_{j+1} = k_j x_j + sqrt(q_j) e_{j+1},    e ~ N(0, I),
+
+has marginal variances V and correlations of neighbours that follow by one more recursion, all of
+whose terms are positive. An AR(1) chain that was seen through independent Gaussian noise, and a
+chain given by a tridiagonal precision, are brought to this form by a recursion backwards in time,
+the only step that is not linear. Everything here runs in O(log latent) parallel steps. The
+equation numbers are those of notebook 10.
+
+Shapes are those of `ar1`: (*batch, latent) for what belongs to a variable, (*batch, latent - 1)
+for what belongs to a step.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import pad
+
+from . import ar1
+
+
+class Chain(NamedTuple):
+    """Standard deviations, (*batch, latent), correlations and sqrt(1 - rho^2), (*batch, steps)."""
+
+    scale: Tensor
+    rho: Tensor
+    innovation: Tensor
+
+
+def condition(
+    rho: Tensor, innovation: Tensor, weight: Tensor, shift: Tensor
+) -> tuple[Tensor, Chain]:
+    """The unit chain (1.1), given values u_j ~ N(x_j, 1 / w_j), as a chain again.
+
+    J_j = w_j + rho_j^2 J_{j+1} / D_j,    D_j = 1 + c_j^2 J_{j+1}             (10.2), notebooks/10
+    k_j = rho_j / D_j,    q_j = c_j^2 / D_j,    V_1 = 1 / (1 + J_1)           (10.3), notebooks/10
+    H_j = w_j u_j + k_j H_{j+1},    m_{j+1} = k_j m_j + q_j H_{j+1}           (10.4), notebooks/10
+
+    J_j and H_j are what the values from j on say about x_j: its precision, and the precision times
+    the mean. c is the innovation scale. No term is subtracted from another, so nothing is lost
+    near |rho| = 1.
+
+    Args:
+        rho: correlations of neighbours before, (*batch, 1) or (*batch, latent - 1), in (-1, 1).
+        innovation: sqrt(1 - rho^2), in the shape of rho.
+        weight: w, the precision of the values, (*batch, latent), at least 0; 0 is not observed.
+        shift: w times the values, (*batch, latent). Batch shapes broadcast; the mean, which alone
+            depends on shift, may have a larger one than the rest.
+    Returns:
+        The mean, (*batch, latent), and the chain around it.
+    """
+    fresh = innovation.square()
+    known = information(weight, rho.square(), fresh)
+    damping = 1 + fresh * known[..., 1:]
+    coefficient = rho / damping
+    variances = torch.cat((1 / (1 + known[..., :1]), fresh / damping), -1)
+    pulled = ar1.scan(shift, coefficient, reverse=True)
+    mean = ar1.scan(variances * pulled, coefficient)
+    # sqrt(q) without squaring the innovation scale, which would underflow first.
+    return mean, _from_steps(variances, coefficient, innovation * damping.rsqrt())
+
+
+def from_transitions(first: Tensor, coefficient: Tensor, innovation: Tensor) -> Chain:
+    """Marginal scales and correlations of a chain that is given step by step.
+
+    V_1 = first^2,    V_{j+1} = k_j^2 V_j + q_j                               (10.3), notebooks/10
+
+    Args:
+        first: standard deviation of the first variable, (*batch, 1), positive.
+        coefficient: k, (*batch, 1) or (*batch, steps), any real numbers.
+        innovation: sqrt(q), (*batch, steps), positive. Batch shapes broadcast.
+    """
+    batch = torch.broadcast_shapes(first.shape[:-1], innovation.shape[:-1])
+    parts = [x.expand(*batch, x.shape[-1]) for x in (first, innovation)]
+    return _from_steps(torch.cat(parts, -1).square(), coefficient, innovation)
+
+
+def _from_steps(variances: Tensor, coefficient: Tensor, innovation: Tensor) -> Chain:
+    """(V_1, q_1, ..., q_{d-1}), k and sqrt(q)."""
+    scale = ar1.scan(variances, coefficient.square()).sqrt()
+    before, after = scale[..., :-1], scale[..., 1:]
+    # Rounding may leave the quotient beyond 1, where a long chain would grow.
+    return Chain(scale, (coefficient * before / after).clamp(-1, 1), innovation / after)
+
+
+def from_precision(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Chain, Tensor]:
+    """Scales and correlations of a chain whose precision is tridiagonal, and its pivots.
+
+    In units in which the diagonal is 1, with b beside it, the pivots from the last variable on are
+    S_j = 1 - M_{j+1} with M_j = b_{j-1}^2 / (1 - M_{j+1}), M_{d+1} = 0. It is (10.2) with D_j = S_j
+    and (10.5) combines it likewise. Then k_j = -b_j / S_{j+1} and q_j = 1 / S_{j+1}.
+
+    Args:
+        diagonal: (*batch, latent), positive.
+        off_diagonal: (*batch, latent - 1). Batch shapes broadcast.
+    Returns:
+        The chain, and the pivots S, (*batch, latent), all of them positive if and
+        only if the precision is positive definite.
+    """
+    root = diagonal.sqrt()
+    beside = off_diagonal / root[..., 1:] / root[..., :-1]
+    eliminated = information(beside.square(), beside[..., :-1].square(), root.new_full((1,), -1.0))
+    pivots = pad(1 - eliminated, (0, 1), value=1.0)
+    innovation = pivots.rsqrt()
+    transitions = -beside / pivots[..., 1:]
+    chain = from_transitions(innovation[..., :1], transitions, innovation[..., 1:])
+    return chain._replace(scale=chain.scale / root), pivots
+
+
+def information(weight: Tensor, gain: Tensor, damping: Tensor) -> Tensor:
+    """Run J_d = w_d, J_j = w_j + A_j J_{j+1} / (1 + C_j J_{j+1}) backwards, in parallel.
+
+    Two such steps are one: of an earlier i and a later j, with D = 1 + C_i J_j,
+
+    (A_i A_j / D^2,  C_j + A_j C_i / D,  J_i + A_i J_j / D)                   (10.5), notebooks/10
+
+    so neighbours are joined to half as many steps, those solved the same way, and the variables
+    left out filled in: O(latent) work at depth O(log latent).
+
+    Args:
+        weight: w, (*batch, latent).
+        gain: A, (*batch, 1) or (*batch, latent - 1).
+        damping: C, likewise. Batch shapes broadcast.
+    Returns:
+        J, shape (*batch, latent).
+    """
+    latent = weight.shape[-1]
+    batch = torch.broadcast_shapes(weight.shape[:-1], gain.shape[:-1], damping.shape[:-1])
+    weight = weight.expand(*batch, latent)
+    if latent < 2:
+        return weight
+    steps = (*batch, latent - 1)
+    return _Information.apply(weight, gain.expand(steps), damping.expand(steps))
+
+
+class _Information(Function):
+    """The recursion, with the derivatives that it has step by step and not those of its joining.
+
+    With J' the derivative with respect to J, g_{j+1} = J'_{j+1} + (A_j / D_j^2) g_j is linear, one
+    scan, and w'_j = g_j, A'_j = g_j J_{j+1} / D_j, C'_j = -g_j A_j (J_{j+1} / D_j)^2. They are
+    made of functions with derivatives, and so have derivatives themselves.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, gain, damping):
+        # The last variable maps what comes after it, 0, to its own weight.
+        return _solve(pad(gain, (0, 1)), pad(damping, (0, 1)), weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gain, damping, known = ctx.saved_tensors
+        later = known[..., 1:]
+        inverse = (1 + damping * later).reciprocal()
+        passed = later * inverse
+        of_weight = ar1.scan(gradient, gain * inverse.square())
+        of_gain = of_weight[..., :-1] * passed
+        return of_weight, of_gain, -of_gain * gain * passed
+
+
+def _solve(gain: Tensor, damping: Tensor, weight: Tensor) -> Tensor:
+    """J_i = w_i + A_i J_{i+1} / (1 + C_i J_{i+1}), with J = 0 after the last."""
+    latent = weight.shape[-1]
+    if latent == 1:
+        return weight
+    parts = [gain, damping, weight]
+    if latent % 2:
+        parts = [pad(part, (0, 1)) for part in parts]
+    (a, a_next), (c, c_next), (w, w_next) = ((x[..., ::2], x[..., 1::2]) for x in parts)
+    inverse = (1 + c * w_next).reciprocal()
+    share = a_next * inverse
+    first = _solve(a * inverse * share, c_next + c * share, w + a * w_next * inverse)
+    after = pad(first[..., 1:], (0, 1))
+    second = w_next + a_next * after / (1 + c_next * after)
+    return torch.stack((first, second), -1).flatten(-2)[..., :latent]
