@@ -397,7 +397,8 @@ class AR1Normal(Distribution):
         value, precision = self._observations(value, precision)
         observed = precision > 0
         log_precision = torch.where(observed, precision, 1).log() - math.log(2 * math.pi)
-        fit = torch.where(observed, log_precision, 0) - precision * (value - q.loc).square()
+        residual = torch.where(observed, value - q.loc, 0)
+        fit = torch.where(observed, log_precision, 0) - precision * residual.square()
         whitened = self._whiten((q.loc - self.loc) / self.scale).square()
         # Step by step: the determinants themselves are large, and their difference is not.
         ratio = (q.stddev / self.scale).log().sum(-1)

@@ -18,7 +18,7 @@ from torch.distributions import (
 )
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 
-from rhovae import POSTERIORS, AR1Normal
+from rhovae import POSTERIORS, AR1Normal, Sites
 from rhovae.objectives import negative_elbo, standard_normal_like
 from rhovae.study import load_images
 from rhovae.study.data import to_unit_interval
@@ -173,6 +173,101 @@ def test_pyro_can_reparametrise_it(pyro, dependence):
     inner = trace.nodes["z_decentered"]["fn"]
     torch.testing.assert_close(getattr(inner, dependence), torch.full((1,), 0.5))
     assert trace.nodes["_RETURN"]["value"].shape == (3,)
+
+
+class Counts(nn.Module):
+    """Poisson counts with a latent AR(1) log-rate, as Pyro programs; Sites is the posterior."""
+
+    def __init__(self, pyro, time_constant):
+        from pyro import distributions as dist
+
+        from rhovae.pyro import AR1Prior
+
+        super().__init__()
+        self.pyro, self.dist = pyro, dist
+        self.prior, self.sites = AR1Prior(1, time_constant), Sites(16, 1)
+        self.encoder = nn.Sequential(nn.Conv1d(1, 16, 9, padding=4), nn.Tanh())
+        self.log_rate = nn.Parameter(torch.zeros(()))
+
+    def posterior(self, counts):
+        return self.sites(self.encoder(counts.log1p()).mT, self.prior(counts.shape[-1]))
+
+    def model(self, counts):
+        self.pyro.module("counts", self)
+        with self.pyro.plate("series", len(counts)):
+            z = self.pyro.sample("z", self.prior(counts.shape[-1]).to_event(1))
+            rate = (self.log_rate + z).exp()
+            self.pyro.sample("counts", self.dist.Poisson(rate).to_event(2), obs=counts)
+
+    def guide(self, counts):
+        self.pyro.module("counts", self)
+        with self.pyro.plate("series", len(counts)):
+            self.pyro.sample("z", self.posterior(counts).to_event(1))
+
+
+@pytest.mark.parametrize("objective", ["Trace_ELBO", "TraceMeanField_ELBO"])
+def test_time_series_in_pyro(pyro, objective, steps=200):
+    from pyro import infer
+
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    truth = Counts(pyro, time_constant=20.0)
+    counts = torch.poisson((0.5 + truth.prior(steps).sample((32,))).exp())
+    counts_model = Counts(pyro, time_constant=3.0)
+    pyro.clear_param_store()
+    svi = infer.SVI(
+        counts_model.model, counts_model.guide, pyro.optim.Adam({"lr": 0.02}),
+        getattr(infer, objective)(),
+    )  # fmt: skip
+    losses = [svi.step(counts) / counts.numel() for _ in range(300)]
+    assert losses[-1] < losses[0] - 0.1, losses
+    # 32 series of ten time constants each; twice the truth would be far outside what they leave.
+    assert 10 < counts_model.prior.time_constant.item() < 40
+
+
+def test_pyro_computes_the_objective_of_a_chain(pyro):
+    from pyro.infer import TraceMeanField_ELBO
+
+    pyro.clear_param_store()
+    torch.set_default_dtype(torch.float64)
+    counts_model, counts = Counts(pyro, 5.0), torch.poisson(torch.ones(4, 1, 30))
+    torch.manual_seed(1)
+    q, p = counts_model.posterior(counts), counts_model.prior(30)
+    fit = torch.distributions.Poisson((counts_model.log_rate + q.rsample()).exp()).log_prob(counts)
+    expected = kl_divergence(q, p).sum() - fit.sum()
+    torch.manual_seed(1)
+    loss = TraceMeanField_ELBO().loss(counts_model.model, counts_model.guide, counts)
+    assert loss == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_pyro_can_update_it_with_what_was_observed(pyro):
+    from pyro import distributions as dist
+    from pyro.infer.reparam import ConjugateReparam
+
+    from rhovae.pyro import AR1Normal as PyroAR1Normal
+
+    torch.set_default_dtype(torch.float64)
+    prior = PyroAR1Normal(torch.randn(4, 6), 1.5, rho=0.7)
+    value, scale = torch.randn(4, 6), torch.rand(4, 6) + 0.1
+    noise = dist.Normal(value, scale).to_event(1)
+    updated, log_normaliser = prior.conjugate_update(noise)
+    assert type(updated) is type(updated.expand((2, 4))) is PyroAR1Normal
+    z = torch.randn(3, 4, 6)
+    left, right = prior.log_prob(z) + noise.log_prob(z), updated.log_prob(z) + log_normaliser
+    torch.testing.assert_close(left, right)
+    with pytest.raises(NotImplementedError, match=r"takes Normal\(value, scale\)\.to_event\(1\)"):
+        prior.conjugate_update(dist.Normal(value, scale))
+
+    def model():
+        with pyro.plate("series", 4):
+            z = pyro.sample("z", prior)
+            pyro.sample("value", dist.Normal(z, scale).to_event(1), obs=value)
+
+    moved = pyro.poutine.reparam(model, {"z": ConjugateReparam(noise)})
+    evidence = prior.log_evidence(value, precision=scale**-2).sum()
+    for _ in range(2):  # whatever is drawn
+        trace = pyro.poutine.trace(moved).get_trace()
+        torch.testing.assert_close(trace.log_prob_sum(), evidence)
 
 
 def test_without_pyro_the_remedy_is_named(monkeypatch):
