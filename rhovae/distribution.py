@@ -146,8 +146,7 @@ class AR1Normal(Distribution):
                     f"{valid.numel()} in the batch, {(~valid).sum().item()} are not. A negative "
                     "pivot of rounding size means |rho| near 1: use condition or from_transitions."
                 )
-        fisher_z = torch.asinh(chain.rho / chain.innovation)
-        return cls(loc, chain.scale, fisher_z=fisher_z, validate_args=validate_args)
+        return cls(loc, 1.0, rho=0.0, validate_args=validate_args)._with_chain(loc, chain)
 
     @classmethod
     def from_transitions(
@@ -176,8 +175,7 @@ class AR1Normal(Distribution):
                 _check_entries(name, value, value > 0, "must be positive standard deviations")
         innovation = innovation.expand(*innovation.shape[:-1], steps)
         chain = smoothing.from_transitions(first, coefficient, innovation)
-        fisher_z = torch.asinh(chain.rho / chain.innovation)
-        return cls(loc, chain.scale, fisher_z=fisher_z, validate_args=validate_args)
+        return cls(loc, 1.0, rho=0.0, validate_args=validate_args)._with_chain(loc, chain)
 
     def _validate_parameters(self):
         remedies = {
@@ -201,8 +199,7 @@ class AR1Normal(Distribution):
         return self._remade(batch_shape, _instance, loc=self.loc, scale=self.scale, **known)
 
     def _remade(self, batch_shape, _instance=None, **known: Tensor) -> "AR1Normal":
-        """One like this with other numbers, unchecked: loc, scale, and rho or fisher_z; or rho and
-        _innovation, from which fisher_z follows when it is asked for."""
+        """One of this class with these numbers: loc, scale, and what was given or _innovation."""
         new = self._get_checked_instance(AR1Normal, _instance)
         batch_shape = torch.Size(batch_shape)
         new._given = "fisher_z" if "_innovation" in known else self._given
@@ -340,23 +337,23 @@ class AR1Normal(Distribution):
     def condition(self, value: Tensor, *, precision) -> "AR1Normal":
         """The exact posterior of this chain after independent Gaussian observations of it.
 
-        p(z) prod_t N(value_t; z_t, 1 / precision_t), normalised: a Kalman smoother in closed form,
-        and an AR1Normal again, because observations add only to the diagonal of the precision
-        (10.1), notebooks/10. By (10.2) to (10.4), without subtraction and at depth O(log latent).
-
-        To forecast, or to interpolate on a finer grid, make the chain on the longer or finer grid
-        and give precision 0 to the steps without an observation; to fill in gaps, likewise::
+        To forecast, to fill gaps, or to interpolate: make the chain on the longer or finer grid,
+        and give precision 0 to the steps without an observation::
 
             >>> import torch
             >>> from rhovae import AR1Normal
-            >>> hourly = AR1Normal(torch.zeros(5), scale=1.0, rho=0.5)
-            >>> nan = float("nan")
-            >>> value = torch.tensor([nan, 2.0, nan, nan, nan])  # one observation, without noise
-            >>> precision = torch.tensor([0.0, 1e9, 0.0, 0.0, 0.0])
-            >>> q = hourly.condition(value, precision=precision)
+            >>> p = AR1Normal(torch.zeros(5), scale=1.0, rho=0.5)
+            >>> value = torch.tensor([float("nan"), 2.0, 0.0, 0.0, 0.0])
+            >>> precision = torch.tensor([0.0, 1e9, 0.0, 0.0, 0.0])  # one observation, exact
+            >>> q = p.condition(value, precision=precision)
             >>> q.mean
             tensor([1.0000, 2.0000, 1.0000, 0.5000, 0.2500])
+            >>> q.stddev
+            tensor([8.6603e-01, 3.1623e-05, 8.6603e-01, 9.6825e-01, 9.9216e-01])
 
+        It is p(z) prod_t N(value_t; z_t, 1 / precision_t), normalised: a Kalman smoother, and an
+        AR1Normal again, because observations add only to the diagonal of the precision (10.1).
+        Computed without a subtraction at depth O(log latent), by (10.2) to (10.4), notebooks/10.
         Everything is differentiable, in value, precision and the parameters of the chain. This is
         not pyro.condition, which fixes the value of a sample site.
 
@@ -429,14 +426,14 @@ class AR1Normal(Distribution):
         """The posterior after observations of z in units of the scale: precision w, and w times
         the value."""
         mean, chain = smoothing.condition(self.rho, self._innovation, weight, shift)
-        loc = self.loc + self.scale * mean
-        return self._remade(
-            loc.shape[:-1],
-            loc=loc,
-            scale=self.scale * chain.scale,
-            rho=chain.rho,
-            _innovation=chain.innovation,
-        )
+        chain = chain._replace(scale=self.scale * chain.scale)
+        return self._with_chain(self.loc + self.scale * mean, chain)
+
+    def _with_chain(self, loc: Tensor, chain: smoothing.Chain) -> "AR1Normal":
+        """One of this class, unchecked; its fisher_z follows when it is asked for."""
+        batch_shape = torch.broadcast_shapes(loc.shape[:-1], *(part.shape[:-1] for part in chain))
+        known = {"scale": chain.scale, "rho": chain.rho, "_innovation": chain.innovation}
+        return self._remade(batch_shape, loc=loc, **known)
 
     def _whiten(self, x: Tensor) -> Tensor:
         return ar1.whiten(x, self.rho, self._innovation)
