@@ -18,7 +18,7 @@ from torch.distributions import (
 from torch.distributions.kl import kl_divergence, register_kl
 from torch.distributions.utils import _standard_normal, lazy_property
 
-from . import ar1, smoothing
+from . import ar1, kernels, smoothing
 
 
 class _OpenInterval(constraints.interval):
@@ -290,9 +290,8 @@ class AR1Normal(Distribution):
         """Reparametrised draws, shape (*sample_shape, *batch, latent).      (3.2), notebooks/03"""
         shape = self._extended_shape(sample_shape)
         noise = _standard_normal(shape, dtype=self.loc.dtype, device=self.loc.device)
-        x = ar1.correlate(noise, self.rho, self._innovation)
-        # Not addcmul: rounded in two steps, as in Normal, rho = 0 gives its draws to the last bit.
-        return self.loc + self.scale * x
+        innovation = self._innovation if self._given == "fisher_z" else None
+        return kernels.draw(self.loc, self.scale, noise, self.rho, innovation)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, from the whitened value in O(d).             (2.2), notebooks/02"""

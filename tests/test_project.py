@@ -24,7 +24,7 @@ CONDA_NAMES = {"torch": "pytorch"}
 def requirements():
     optional = PROJECT["optional-dependencies"]
     every = [*PROJECT["dependencies"], *optional["study"], *optional["notebooks"]]
-    every += [*optional["grid"], *optional["pyro"], *optional["test"]]
+    every += [*optional["fast"], *optional["grid"], *optional["pyro"], *optional["test"]]
     return [r for r in every if not r.startswith("rhovae")]
 
 
@@ -64,7 +64,7 @@ def test_the_version_agrees_everywhere():
 
 CORE = sorted((ROOT / "rhovae").glob("*.py"))
 # Each in its one module, when it is used.
-OPTIONAL = {"pyro": {"pyro"}, "kernels": {"numba", "numpy"}}
+OPTIONAL = {"pyro": {"pyro"}, "kernels": {"numba"}, "loops": {"numba"}}
 
 
 def imported(path):
