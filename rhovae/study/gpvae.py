@@ -24,7 +24,6 @@ def banded_normal(loc: Tensor, diagonal: Tensor, above: Tensor) -> AR1Normal:
         AR1Normal of batch shape (*batch,) and event shape (steps,).
     Reference:
         Fortuin et al. (2020), GP-VAE, arXiv 1907.04155: `BandedJointEncoder` in the released code.
-        (The paper's Lambda = B^T B is the same family with time reversed.)
     """
     if above.shape[-1] != diagonal.shape[-1] - 1:
         raise ValueError(
