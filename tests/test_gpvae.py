@@ -1,11 +1,17 @@
 """GP-VAE's posterior family as a chain, against the dense U U^T."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from rhovae import AR1Normal
 from rhovae.study.gpvae import BandedHead, banded_normal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import time_cost  # noqa: E402
 
 
 def dense(loc, diagonal, above):
@@ -87,3 +93,8 @@ def test_float32_loses_no_more_than_its_inputs_do(steps=1000):
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="one entry less"):
         banded_normal(torch.zeros(4), torch.ones(4), torch.ones(4))
+
+
+def test_what_time_cost_compares_is_one_law():
+    assert {"chain", "dense"} <= set(time_cost.candidates())
+    assert time_cost.check_that_they_agree(steps=7) < 1e-10
