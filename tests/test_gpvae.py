@@ -11,7 +11,7 @@ from rhovae import AR1Normal
 from rhovae.study.gpvae import BandedHead, banded_normal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-import time_cost  # noqa: E402
+import time_cost
 
 
 def dense(loc, diagonal, above):
