@@ -1,4 +1,4 @@
-"""AR1Normal for Pyro: the same distribution, with what `pyro.sample` asks for beside it.
+"""AR1Normal and AR1Prior for Pyro: the same, with what `pyro.sample` asks for beside it.
 
 pip install rhovae[pyro]
 """
@@ -48,5 +48,26 @@ class AR1Normal(distribution.AR1Normal, TorchDistributionMixin):
 
 
 class AR1Prior(chains.AR1Prior):
-    __doc__ = chains.AR1Prior.__doc__
+    """`rhovae.AR1Prior` with Pyro's AR1Normal, and Sites, given it, is a guide.
+
+    Model and guide register what they learn, and sample all channels as one event::
+
+        def model(counts):
+            pyro.module("prior", prior)
+            with pyro.plate("series", len(counts)):
+                z = pyro.sample("z", prior(steps).to_event(1))
+                pyro.sample("counts", dist.Poisson(rate(z)).to_event(2), obs=counts)
+
+        def guide(counts):
+            pyro.module("encoder", encoder)
+            pyro.module("sites", sites)
+            with pyro.plate("series", len(counts)):
+                pyro.sample("z", sites(encoder(counts), prior(steps)).to_event(1))
+
+    With TraceMeanField_ELBO the KL divergence is taken in closed form.
+
+    Args:
+        channels, time_constant, scale, learn_time_constant, learn_scale: as there.
+    """
+
     distribution = AR1Normal

@@ -377,6 +377,21 @@ def test_float32_at_a_time_constant_of_10000_steps(steps=1000):
     assert (gradient - exact[4]).abs().max() < 1e-3 * exact[4].abs().max()
 
 
+@pytest.mark.parametrize("a", [12.0, -20.0, 40.0])
+def test_float32_keeps_a_chain_whose_rho_is_one(a):
+    p = AR1Normal(torch.zeros(6).float(), 1.0, fisher_z=a)
+    assert p.rho.abs() == 1
+    q = p.condition(torch.ones(6).float(), precision=0.0)
+    torch.testing.assert_close(q.fisher_z, torch.full((5,), a).float(), rtol=1e-6, atol=0)
+    assert kl_divergence(q, p).abs() < 1e-4 and q.expand((2,)).entropy().isfinite().all()
+    # Seen once, or at every step by as much in all, is the same for what cannot move.
+    value = p.rho.sign() ** torch.arange(6)
+    for precision in (torch.eye(6)[2].float(), 1 / 6):
+        seen = p.condition(value, precision=precision)
+        torch.testing.assert_close(seen.stddev, torch.full((6,), 0.5**0.5).float())
+        torch.testing.assert_close(seen.mean, value / 2)
+
+
 @pytest.mark.parametrize("latent", [2, 3, 5, 8])
 def test_derivatives_and_derivatives_of_derivatives(latent):
     _, _, rho = parameters(latent, (2,))

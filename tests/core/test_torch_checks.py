@@ -24,6 +24,9 @@ EXAMPLES = {
         torch.randn(2, 1, 5), 0.5 + torch.rand(3, 5), fisher_z=torch.randn(4)
     ),
     "one variable": lambda: AR1Normal(torch.randn(3, 1), 2.0, rho=torch.full((3, 1), 0.5)),
+    "posterior": lambda: AR1Normal(torch.randn(3, 5), 0.8, rho=-0.7).condition(
+        torch.randn(2, 1, 5), precision=torch.rand(3, 5, requires_grad=True)
+    ),
     "float32": lambda: AR1Normal(torch.randn(3, 5).float(), 0.5, rho=0.9),
 }  # fmt: skip
 
