@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from rhovae import AR1Normal
 from rhovae.study.gpvae import BandedHead, banded_normal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import time_cost
 
 
