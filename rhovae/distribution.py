@@ -308,13 +308,19 @@ class AR1Normal(Distribution):
 
     @property
     def coefficient(self) -> Tensor:
-        """What a step carries over of the last deviation, (*batch, latent - 1); may exceed 1."""
+        """rho_j scale_{j+1} / scale_j, what a step carries over of the deviation before it.
+
+        Shape (*batch, latent - 1); beyond 1 where the scale grows.          (1.1), notebooks/01
+        """
         stddev = self.stddev
         return self.rho * stddev[..., 1:] / stddev[..., :-1]
 
     @property
     def innovation_scale(self) -> Tensor:
-        """Standard deviation of what a step adds, scale_{j+1} sqrt(1 - rho_j^2), likewise."""
+        """scale_{j+1} sqrt(1 - rho_j^2), the standard deviation of what a step adds.
+
+        Shape (*batch, latent - 1).                                          (1.1), notebooks/01
+        """
         return self.stddev[..., 1:] * self._innovation
 
     def window(self, start: int | None, stop: int | None) -> "AR1Normal":
