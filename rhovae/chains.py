@@ -123,10 +123,10 @@ class AR1Prior(nn.Module):
                 f"AR1Prior: q has batch shape {tuple(q.batch_shape)}; its last dimension must be "
                 f"the {self.channels} channels of the prior."
             )
-        if times is None:
-            elapsed = self._elapsed(steps, None).expand(steps)
-        else:
-            elapsed = self._elapsed(None, pad(times, (1, 0)), "positive and increasing")
+        # The last step of q is at 0.
+        counted = pad(times, (1, 0)) if isinstance(times, Tensor) and times.dim() else times
+        elapsed = self._elapsed(steps, counted, "positive and increasing")
+        elapsed = elapsed.expand(steps) if times is None else elapsed
         scale, last = self.scale.unsqueeze(-1), q.stddev[..., -1:]
         total = elapsed.cumsum(-1) / self.time_constant.unsqueeze(-1)
         mean = q.loc[..., -1:] * (-total).exp()
@@ -193,6 +193,9 @@ class Sites(nn.Module):
     Args:
         features: size of the last dimension of what it gets.
         channels: number of latent time series C.
+    Reference:
+        Opper and Archambeau (2009), The variational Gaussian approximation revisited, for the
+        optimum; Johnson et al. (2016), arXiv 1603.06277, for a network that outputs observations.
 
     Example::
 

@@ -128,6 +128,9 @@ def information(weight: Tensor, gain: Tensor, damping: Tensor) -> Tensor:
         damping: C, likewise. Batch shapes broadcast.
     Returns:
         J, shape (*batch, latent).
+    Reference:
+        Särkkä and García-Fernández (2021), Temporal parallelization of Bayesian smoothers, arXiv
+        1905.13002, for smoothing by an associative operation.
     """
     latent = weight.shape[-1]
     batch = torch.broadcast_shapes(weight.shape[:-1], gain.shape[:-1], damping.shape[:-1])

@@ -392,6 +392,13 @@ def test_float32_keeps_a_chain_whose_rho_is_one(a):
         torch.testing.assert_close(seen.mean, value / 2)
 
 
+def test_rounding_takes_no_correlation_beyond_one(latent=4096):
+    """Where it would be 1.0000001 at every step, a draw of a long chain would grow."""
+    p = AR1Normal(torch.zeros(latent).float(), 1.0, fisher_z=8 + 8 * torch.rand(latent - 1).float())
+    q = p.condition(torch.zeros(latent).float(), precision=1e-3 * torch.rand(latent).float())
+    assert (q.rho <= 1).all() and (q.rho == 1).any()
+
+
 @pytest.mark.parametrize("latent", [2, 3, 5, 8])
 def test_derivatives_and_derivatives_of_derivatives(latent):
     _, _, rho = parameters(latent, (2,))
@@ -663,6 +670,10 @@ def test_the_start_of_a_prior_and_what_it_refuses():
     refused("times must be increasing", prior, times=torch.tensor([0.0, math.nan]))
     q = prior(4)
     refused("times must be positive and increasing", prior.extend, q, times=TIMES)
+    refused("times must be a tensor", prior.extend, q, times=[1.0])
+    refused("either steps or times", prior.extend, q)
+    refused("either steps or times", prior.extend, q, 1, times=TIMES[1:])
+    refused("steps is 0", prior.extend, q, 0)
     refused("must be the 3 channels", prior.extend, AR1Normal(torch.zeros(2, 4), 1.0, 0.5), 2)
 
 
