@@ -8,6 +8,7 @@ transforms, torch.compile and second derivatives, takes the scan of `ar1`, silen
 same numbers to rounding.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from . import ar1
+
+Tensors = tuple[Tensor, ...]
 
 _enabled = ContextVar("rhovae.kernels", default=True)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -59,20 +62,37 @@ def draw(
     Returns:
         z, in the shape of noise.
     """
+    inputs = loc, scale, noise, rho, innovation
     # torch.compile decides the first question itself, and never looks at what follows.
-    if not torch.compiler.is_compiling() and _enabled.get():
-        if _fit(loc, scale, noise, rho, innovation) and _loops():
-            if torch.is_grad_enabled():
-                return _Draw.apply(loc, scale, noise, rho, innovation)
-            z = _empty_like(noise)
-            _forward(loc, scale, noise, rho, innovation, z, z)
-            return z
-    return _by_scan(loc, scale, noise, rho, innovation)
+    if torch.compiler.is_compiling() or not (_enabled.get() and _fit(*inputs) and _loops()):
+        return _by_scan(*inputs)
+    if torch.is_grad_enabled():
+        return _Draw.apply(*inputs)
+    z = _empty_like(noise)
+    _forward(*inputs, z, z)
+    return z
 
 
 def _by_scan(loc, scale, noise, rho, innovation):
     # Not addcmul: rounded in two steps, as in Normal, rho = 0 gives its draws to the last bit.
     return loc + scale * ar1.correlate(noise, rho, innovation)
+
+
+def _fit(loc, scale, noise, rho, innovation) -> bool:
+    """Whether the loops can read these numbers: their place, type and shapes."""
+    batch, latent = loc.shape[:-1], loc.shape[-1]
+    return (
+        _readable(loc, scale, noise, rho)
+        and (innovation is None or (_readable(rho, innovation) and innovation.shape == rho.shape))
+        and not noise.requires_grad
+        and latent > 1
+        and noise.numel() > 0
+        and noise.shape[-loc.dim() :] == loc.shape
+        and scale.shape[:-1] == batch
+        and rho.shape[:-1] == batch
+        and scale.shape[-1] in (1, latent)
+        and rho.shape[-1] in (1, latent - 1)
+    )
 
 
 class _Draw(torch.autograd.Function):
@@ -83,41 +103,33 @@ class _Draw(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loc, scale, noise, rho, innovation):
+    def forward(ctx, *inputs):
+        noise = inputs[2]
         z, x = _empty_like(noise), _empty_like(noise)
-        _forward(loc, scale, noise, rho, innovation, x, z)
-        ctx.save_for_backward(loc, scale, noise, rho, innovation, x)
+        _forward(*inputs, x, z)
+        ctx.save_for_backward(*inputs, x)
         return z
 
     @staticmethod
     def backward(ctx, of_z):
         *inputs, x = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _readable(of_z, x.dtype) or _watched():
-            return _backward_by_scan(ctx.needs_input_grad, inputs, of_z)
+        if torch.is_grad_enabled() or not _readable(x, of_z):
+            return _backward_by_scan(_by_scan, ctx.needs_input_grad, inputs, (of_z,))
         return _backward(*inputs, x, of_z)
-
-
-def _backward_by_scan(needed, inputs, of_z):
-    chosen = [t for t, need in zip(inputs, needed, strict=True) if need]
-    with torch.enable_grad():
-        z = _by_scan(*inputs)
-        found = iter(torch.autograd.grad(z, chosen, of_z, create_graph=True))
-    return tuple(next(found) if need else None for need in needed)
 
 
 def _forward(loc, scale, noise, rho, innovation, x, z):
     known = innovation is not None
-    tensors = (loc, scale, rho, innovation if known else rho, noise, x, z)
-    _run(_loops().forward, tensors, loc, scale, noise, rho, known)
+    tensors = loc, scale, rho, innovation if known else rho, noise, x, z
+    _run("forward", tensors, noise, _batch(loc), scale.shape[-1], rho.shape[-1], known)
 
 
 def _backward(loc, scale, noise, rho, innovation, x, of_z):
     known = innovation is not None
-    c = innovation if known else rho
     of_scale, of_rho = _for_each_row(noise, scale), _for_each_row(noise, rho)
     of_c = _empty_like(of_rho) if known else of_rho
-    tensors = (scale, rho, c, noise, x, of_z, of_scale, of_rho, of_c)
-    _run(_loops().backward, tensors, loc, scale, noise, rho, known)
+    tensors = scale, rho, innovation if known else rho, noise, x, of_z, of_scale, of_rho, of_c
+    _run("backward", tensors, noise, _batch(loc), scale.shape[-1], rho.shape[-1], known)
     return (
         ar1._sum_to(loc.shape, of_z),
         ar1._sum_to(scale.shape, of_scale),
@@ -127,26 +139,119 @@ def _backward(loc, scale, noise, rho, innovation, x, of_z):
     )
 
 
-def _empty_like(t):
+def condition(
+    by_scan: Callable[..., Tensors], rho: Tensor, innovation: Tensor, weight: Tensor, shift: Tensor
+) -> Tensors:
+    """`smoothing.condition`, compiled where it can be.               (10.2) to (10.4), notebooks/10
+
+    Args:
+        by_scan: does it from the other arguments, as tensor operations.
+        rho, innovation, weight, shift: as there.
+    Returns:
+        Mean and standard deviations, (*batch, latent), correlations and their innovation scales,
+        (*batch, latent - 1).
+    """
+    inputs = rho, innovation, weight, shift
+    if torch.compiler.is_compiling() or not (
+        _enabled.get() and _fit_to_condition(*inputs) and _loops()
+    ):
+        return by_scan(*inputs)
+    if torch.is_grad_enabled():
+        return _Condition.apply(by_scan, *inputs)
+    return _condition(*inputs)[3:]
+
+
+def _fit_to_condition(rho, innovation, weight, shift) -> bool:
+    latent = weight.shape[-1]
+    return (
+        _readable(*(rho, innovation, weight, shift))
+        and latent > 1
+        and weight.numel() > 0
+        and weight.shape == shift.shape
+        and rho.shape == innovation.shape
+        and rho.shape[-1] in (1, latent - 1)
+        and rho.dim() <= weight.dim()
+        and weight.shape[weight.dim() - rho.dim() : -1] == rho.shape[:-1]
+    )
+
+
+class _Condition(torch.autograd.Function):
+    """The compiled conditioning, with compiled first derivatives; else as in _Draw."""
+
+    @staticmethod
+    def forward(ctx, by_scan, *inputs):
+        ctx.by_scan = by_scan
+        inner, outer = _condition(*inputs)
+        ctx.save_for_backward(*inputs, *inner, *outer)
+        return outer
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        inputs, results = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        if torch.is_grad_enabled() or not _readable(results[0], *gradients):
+            needed = ctx.needs_input_grad[1:]
+            return None, *_backward_by_scan(ctx.by_scan, needed, inputs, gradients)
+        rho, innovation, weight, _ = inputs
+        of_rho, of_c = (_empty_like(results[0]) for _ in range(2))
+        of_weight, of_shift = _empty_like(weight), _empty_like(weight)
+        tensors = rho, innovation, *results, *gradients, of_rho, of_c, of_weight, of_shift
+        _run("condition_backward", tensors, weight, _batch(rho), rho.shape[-1])
+        of_rho, of_c = (ar1._sum_to(rho.shape, gradient) for gradient in (of_rho, of_c))
+        return None, of_rho, of_c, of_weight, of_shift
+
+
+def _condition(rho, innovation, weight, shift) -> tuple[Tensors, Tensors]:
+    """What only the gradient needs, and the four results."""
+    steps = weight[..., 1:]
+    inverse, after_rho, after_c = (_empty_like(steps) for _ in range(3))
+    known, pulled, mean, scale = (_empty_like(weight) for _ in range(4))
+    inner, outer = (inverse, known, pulled), (mean, scale, after_rho, after_c)
+    tensors = rho, innovation, weight, shift, *inner, *outer
+    _run("condition", tensors, weight, _batch(rho), rho.shape[-1])
+    return inner, outer
+
+
+def _backward_by_scan(function, needed, inputs, gradients):
+    with torch.enable_grad():
+        # Views, because an input that was made from another must not lead back to it from here.
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
+        chosen = [t for t, need in zip(inputs, needed, strict=True) if need]
+        results = function(*inputs)
+        found = iter(torch.autograd.grad(results, chosen, gradients, create_graph=True))
+    return tuple(next(found) if need else None for need in needed)
+
+
+def _batch(parameter: Tensor) -> int:
+    return parameter.shape[:-1].numel()
+
+
+def _empty_like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def _for_each_row(noise, parameter):
+def _for_each_row(noise: Tensor, parameter: Tensor) -> Tensor:
     if noise.dim() == parameter.dim():
         return _empty_like(parameter)
     return noise.new_empty((*noise.shape[:-1], parameter.shape[-1]))
 
 
-def _run(loop, tensors, loc, scale, noise, rho, known):
-    """Call a loop on the memory of the tensors, by parts in several threads if they are large."""
-    function = _loops().compiled(loop, _NUMBERS[noise.dtype])
+def _run(name: str, tensors: Tensors, like: Tensor, batch: int, *sizes: int) -> None:
+    """Call a loop on the memory of the tensors, by rows in several threads if there is much to do.
+
+    Args:
+        name: of the loop.
+        tensors: its tensors, in their order.
+        like: of the full shape, (*sample_shape, *batch, latent).
+        batch: number of rows of the parameters, which repeat.
+        sizes: what else the loop wants to know.
+    """
+    function = _loops().compiled(name, _NUMBERS[like.dtype])
     tensors = [t.contiguous() for t in tensors]
-    numbers, latent = noise.numel(), loc.shape[-1]
-    rows, batch = numbers // latent, loc.numel() // latent
-    sizes = batch, latent, scale.shape[-1], rho.shape[-1], known
+    numbers, latent = like.numel(), like.shape[-1]
+    rows = numbers // latent
 
     def run(start, stop):
-        function(*[t.data_ptr() for t in tensors], start, stop, *sizes)
+        function(*[t.data_ptr() for t in tensors], start, stop, batch, latent, *sizes)
 
     if numbers < 2 * _WORTH_A_THREAD:
         run(0, rows)
@@ -163,45 +268,26 @@ def _run(loop, tensors, loc, scale, noise, rho, known):
         thread.join()
 
 
-def _fit(loc, scale, noise, rho, innovation) -> bool:
-    """Whether these are numbers in memory, and nobody follows what happens to them."""
-    dtype, batch, latent = loc.dtype, loc.shape[:-1], loc.shape[-1]
+def _readable(first: Tensor, *others: Tensor) -> bool:
+    """Whether these are numbers of one type in memory, and nobody follows what becomes of them.
+
+    Function transforms, modes that watch operations, and tracers do.
+    """
+    dtype = first.dtype
     return (
         dtype in _NUMBERS
-        and _readable(loc, dtype)
-        and _readable(scale, dtype)
-        and _readable(noise, dtype)
-        and _readable(rho, dtype)
-        and (innovation is None or (_readable(innovation, dtype) and innovation.shape == rho.shape))
-        and not noise.requires_grad
-        and latent > 1
-        and noise.numel() > 0
-        and noise.shape[-loc.dim() :] == loc.shape
-        and scale.shape[:-1] == batch
-        and rho.shape[:-1] == batch
-        and scale.shape[-1] in (1, latent)
-        and rho.shape[-1] in (1, latent - 1)
-        and not _watched()
-    )
-
-
-def _readable(t: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        type(t) in _PLAIN
-        and t.dtype is dtype
-        and t.is_cpu
-        and t.layout is torch.strided
-        and not t.is_neg()
-        and torch._C._has_storage(t)
-    )
-
-
-def _watched() -> bool:
-    """Whether operations, and not only their results, matter to a transform, mode or tracer."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        and all(
+            type(t) in _PLAIN
+            and t.dtype is dtype
+            and t.is_cpu
+            and t.layout is torch.strided
+            and not t.is_neg()
+            and torch._C._has_storage(t)
+            for t in (first, *others)
+        )
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._get_tracing_state()
     )
 
 

@@ -14,6 +14,7 @@ and imports this module then. A chain is a row; there are `rows` of noise, and p
 
 from ctypes import CFUNCTYPE, c_int64, c_void_p
 from functools import cache
+from inspect import signature
 from math import sqrt
 
 from numba import carray, cfunc, njit, types
@@ -111,15 +112,138 @@ def backward(
                 of_rho[i, 0] = sum_rho - sum_c * (r / innovation_scale(r))
 
 
+def condition(
+    rho, c, weight, shift, inverse, known, pulled, mean, scale, after_rho, after_c,
+    start, stop, batch, latent, rhos,
+):  # fmt: skip
+    """`smoothing.condition`, (10.2) to (10.4), with 1 / D, J and H beside its results."""
+    rho, c = carray(rho, (batch, rhos)), carray(c, (batch, rhos))
+    weight, shift = carray(weight, (stop, latent)), carray(shift, (stop, latent))
+    known, pulled = carray(known, (stop, latent)), carray(pulled, (stop, latent))
+    mean, scale = carray(mean, (stop, latent)), carray(scale, (stop, latent))
+    last = latent - 1
+    inverse = carray(inverse, (stop, last))
+    after_rho, after_c = carray(after_rho, (stop, last)), carray(after_c, (stop, last))
+    one = type(rho[0, 0])(1)
+    for i in range(start, stop):
+        p = i % batch
+        r, innovation = rho[p, 0], c[p, 0]
+        information, pull = weight[i, last], shift[i, last]
+        known[i, last], pulled[i, last] = information, pull
+        for j in range(last - 1, -1, -1):
+            if rhos > 1:
+                r, innovation = rho[p, j], c[p, j]
+            share = one / multiply_add(information, innovation * innovation, one)
+            information = multiply_add(information * share, r * r, weight[i, j])
+            pull = multiply_add(pull, r * share, shift[i, j])
+            inverse[i, j], known[i, j], pulled[i, j] = share, information, pull
+        variance = one / (one + information)
+        centre = variance * pull
+        mean[i, 0], scale[i, 0] = centre, variance
+        for j in range(last):
+            if rhos > 1:
+                r, innovation = rho[p, j], c[p, j]
+            k, q = r * inverse[i, j], innovation * innovation * inverse[i, j]
+            variance = multiply_add(variance, k * k, q)
+            centre = multiply_add(centre, k, q * pulled[i, j + 1])
+            mean[i, j + 1], scale[i, j + 1] = centre, variance
+        for j in range(latent):
+            scale[i, j] = sqrt(scale[i, j])
+        for j in range(last):
+            if rhos > 1:
+                r, innovation = rho[p, j], c[p, j]
+            k = r * inverse[i, j]
+            # Rounding may leave the quotient beyond 1, where a long chain would grow.
+            after_rho[i, j] = max(-one, min(one, k * scale[i, j] / scale[i, j + 1]))
+            after_c[i, j] = innovation * sqrt(inverse[i, j]) / scale[i, j + 1]
+
+
+def condition_backward(
+    rho, c, inverse, known, pulled, mean, scale, after_rho, after_c,
+    of_mean, of_scale, of_after_rho, of_after_c, of_rho, of_c, of_weight, of_shift,
+    start, stop, batch, latent, rhos,
+):  # fmt: skip
+    """Back through (10.4) and (10.3), from the last variable on, then through (10.2).
+
+    What the first sweep leaves for the second is kept where the second puts its results.
+    """
+    rho, c = carray(rho, (batch, rhos)), carray(c, (batch, rhos))
+    known, pulled = carray(known, (stop, latent)), carray(pulled, (stop, latent))
+    mean, scale = carray(mean, (stop, latent)), carray(scale, (stop, latent))
+    of_mean, of_scale = carray(of_mean, (stop, latent)), carray(of_scale, (stop, latent))
+    of_weight, of_shift = carray(of_weight, (stop, latent)), carray(of_shift, (stop, latent))
+    last = latent - 1
+    inverse = carray(inverse, (stop, last))
+    after_rho, after_c = carray(after_rho, (stop, last)), carray(after_c, (stop, last))
+    of_after_rho = carray(of_after_rho, (stop, last))
+    of_after_c = carray(of_after_c, (stop, last))
+    of_rho, of_c = carray(of_rho, (stop, last)), carray(of_c, (stop, last))
+    one = type(rho[0, 0])(1)
+    half, two = one / type(one)(2), type(one)(2)
+    for i in range(start, stop):
+        p = i % batch
+        r, innovation = rho[p, 0], c[p, 0]
+        over = one / scale[i, last]
+        lost = of_after_rho[i, last - 1] * after_rho[i, last - 1]
+        lost += of_after_c[i, last - 1] * after_c[i, last - 1]
+        variance = (of_scale[i, last] - lost * over) * half * over
+        centre = of_mean[i, last]
+        for j in range(last - 1, -1, -1):
+            if rhos > 1:
+                r, innovation = rho[p, j], c[p, j]
+            share, deviation = inverse[i, j], scale[i, j]
+            root = sqrt(share)
+            k = r * share
+            of_k = of_after_rho[i, j] * over * deviation + mean[i, j] * centre
+            of_k += two * k * deviation * deviation * variance
+            of_q = variance + pulled[i, j + 1] * centre
+            of_root_q = of_after_c[i, j] * over
+            damping = one + innovation * innovation * known[i, j + 1]
+            of_rho[i, j] = of_k
+            of_c[i, j] = of_root_q * root + two * of_q * innovation * share
+            of_weight[i, j + 1] = innovation * (
+                half * of_root_q * root * damping + of_q * innovation
+            )
+            of_shift[i, j + 1] = innovation * innovation * share * centre
+            own = of_scale[i, j] + of_after_rho[i, j] * k * over
+            over = one / deviation
+            if j > 0:
+                lost = of_after_rho[i, j - 1] * after_rho[i, j - 1]
+                lost += of_after_c[i, j - 1] * after_c[i, j - 1]
+                own -= lost * over
+            variance = multiply_add(variance, k * k, half * own * over)
+            centre = multiply_add(centre, k, of_mean[i, j])
+        first = scale[i, 0] * scale[i, 0]
+        pull = first * centre
+        information = -first * (first * variance + pull * pulled[i, 0])
+        of_weight[i, 0], of_shift[i, 0] = information, pull
+        for j in range(last):
+            if rhos > 1:
+                r, innovation = rho[p, j], c[p, j]
+            share, later = inverse[i, j], known[i, j + 1]
+            of_k = of_rho[i, j] + pull * pulled[i, j + 1]
+            of_share = of_weight[i, j + 1] + of_k * r
+            of_rho[i, j] = share * (of_k + two * r * later * information)
+            spread = innovation * share
+            of_all = of_share + information * r * r * later
+            of_c[i, j] -= two * spread * share * later * of_all
+            pull = multiply_add(pull, r * share, of_shift[i, j + 1])
+            carried = r * share
+            information = multiply_add(information, carried * carried, -spread * spread * of_share)
+            of_weight[i, j + 1], of_shift[i, j + 1] = information, pull
+
+
 @cache
-def compiled(loop, number: str):
+def compiled(name: str, number: str):
     """A loop as a C function for float32 or float64: addresses, then sizes."""
-    tensors = 7 if loop is forward else 9
+    loop = globals()[name]
+    names = list(signature(loop).parameters)
+    tensors, sizes = names[: names.index("start")], names[names.index("start") :]
     pointer = types.CPointer(getattr(types, number))
-    signature = types.void(*[pointer] * tensors, *[types.int64] * 7)
+    kind = types.void(*[pointer] * len(tensors), *[types.int64] * len(sizes))
     options = {"error_model": "numpy"}
     try:
-        entry = cfunc(signature, cache=True, **options)(loop)
+        entry = cfunc(kind, cache=True, **options)(loop)
     except RuntimeError:  # no folder to keep it in can be written
-        entry = cfunc(signature, **options)(loop)
-    return CFUNCTYPE(None, *[c_void_p] * tensors, *[c_int64] * 7)(entry.address)
+        entry = cfunc(kind, **options)(loop)
+    return CFUNCTYPE(None, *[c_void_p] * len(tensors), *[c_int64] * len(sizes))(entry.address)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-from . import ar1
+from . import ar1, kernels
 
 
 class Chain(NamedTuple):
@@ -54,6 +54,11 @@ def condition(
     Returns:
         The mean, (*batch, latent), and the chain around it.
     """
+    mean, *chain = kernels.condition(_condition, rho, innovation, weight, shift)
+    return mean, Chain(*chain)
+
+
+def _condition(rho, innovation, weight, shift) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fresh = innovation.square()
     known = information(weight, rho.square(), fresh)
     damping = 1 + fresh * known[..., 1:]
@@ -62,7 +67,7 @@ def condition(
     pulled = ar1.scan(shift, coefficient, reverse=True)
     mean = ar1.scan(variances * pulled, coefficient)
     # sqrt(q) without squaring the innovation scale, which would underflow first.
-    return mean, _from_steps(variances, coefficient, innovation * damping.rsqrt())
+    return mean, *_from_steps(variances, coefficient, innovation * damping.rsqrt())
 
 
 def from_transitions(first: Tensor, coefficient: Tensor, innovation: Tensor) -> Chain:
