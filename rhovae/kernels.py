@@ -222,7 +222,7 @@ def _backward_by_scan(function, needed, inputs, gradients):
 
 
 def _batch(parameter: Tensor) -> int:
-    return parameter.shape[:-1].numel()
+    return parameter.numel() // parameter.shape[-1]
 
 
 def _empty_like(t: Tensor) -> Tensor:
@@ -246,16 +246,17 @@ def _run(name: str, tensors: Tensors, like: Tensor, batch: int, *sizes: int) -> 
         sizes: what else the loop wants to know.
     """
     function = _loops().compiled(name, _NUMBERS[like.dtype])
-    tensors = [t.contiguous() for t in tensors]
+    held = [t.contiguous() for t in tensors]
+    addresses = [t.data_ptr() for t in held]
     numbers, latent = like.numel(), like.shape[-1]
     rows = numbers // latent
-
-    def run(start, stop):
-        function(*[t.data_ptr() for t in tensors], start, stop, batch, latent, *sizes)
-
     if numbers < 2 * _WORTH_A_THREAD:
-        run(0, rows)
+        function(*addresses, 0, rows, batch, latent, *sizes)
         return
+
+    def run(start, stop, held=held):  # which must outlive a caller who is interrupted
+        function(*addresses, start, stop, batch, latent, *sizes)
+
     parts = min(torch.get_num_threads(), rows, numbers // _WORTH_A_THREAD)
     bounds = [rows * part // parts for part in range(parts + 1)]
     # Started for this call: threads that wait in a pool are lost in a fork, and whoever waits there
@@ -268,26 +269,23 @@ def _run(name: str, tensors: Tensors, like: Tensor, batch: int, *sizes: int) -> 
         thread.join()
 
 
-def _readable(first: Tensor, *others: Tensor) -> bool:
+def _readable(*tensors: Tensor) -> bool:
     """Whether these are numbers of one type in memory, and nobody follows what becomes of them.
 
-    Function transforms, modes that watch operations, and tracers do.
+    Function transforms, modes that watch operations, and tracers do. It is asked in each draw.
     """
-    dtype = first.dtype
-    return (
-        dtype in _NUMBERS
-        and all(
-            type(t) in _PLAIN
-            and t.dtype is dtype
-            and t.is_cpu
-            and t.layout is torch.strided
-            and not t.is_neg()
-            and torch._C._has_storage(t)
-            for t in (first, *others)
-        )
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._get_tracing_state()
+    dtype = tensors[0].dtype
+    if dtype not in _NUMBERS:
+        return False
+    for t in tensors:
+        if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu or t.is_neg():
+            return False
+        if not torch._C._has_storage(t):  # a sparse one has none, nor one that stands for a batch
+            return False
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
     )
 
 
