@@ -36,7 +36,7 @@ class AR1Prior(nn.Module):
             the channels are spread evenly in the logarithm. For series of T steps of dt,
             (2 * dt, T * dt / 4) is a good pair.
         scale: marginal standard deviation > 0, a number or one per channel.
-        learn_time_constant, learn_scale: whether they are parameters or fixed.
+        learn_time_constant, learn_scale: whether they are parameters, or buffers that stay.
     Raises:
         ValueError: values that are not positive numbers, or not as many as channels.
 
@@ -63,9 +63,15 @@ class AR1Prior(nn.Module):
             raise ValueError(f"AR1Prior: channels is {channels!r}; it must be an integer >= 1.")
         self.channels = channels
         start = _per_channel("time_constant", time_constant, channels, spread=True).log()
-        self.log_time_constant = nn.Parameter(start, requires_grad=learn_time_constant)
-        start = _per_channel("scale", scale, channels).log()
-        self.log_scale = nn.Parameter(start, requires_grad=learn_scale)
+        self._add("log_time_constant", start, learn_time_constant)
+        self._add("log_scale", _per_channel("scale", scale, channels).log(), learn_scale)
+
+    def _add(self, name: str, start: Tensor, learned: bool) -> None:
+        # A parameter without a gradient would do, but Pyro warns of each.
+        if learned:
+            self.register_parameter(name, nn.Parameter(start))
+        else:
+            self.register_buffer(name, start)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"

@@ -647,10 +647,10 @@ def test_the_gradient_reaches_the_time_constant_through_posterior_and_prior():
 
 
 def test_the_start_of_a_prior_and_what_it_refuses():
-    assert [n for n, x in AR1Prior(2, 3.0).named_parameters() if x.requires_grad] == [
-        "log_time_constant"
-    ]
-    assert not any(x.requires_grad for x in AR1Prior(2, 3, learn_time_constant=False).parameters())
+    fixed, free = AR1Prior(2, 3, learn_time_constant=False), AR1Prior(2, 3.0, learn_scale=True)
+    assert [name for name, _ in AR1Prior(2, 3.0).named_parameters()] == ["log_time_constant"]
+    assert not list(fixed.parameters()) and len(list(free.parameters())) == 2
+    assert set(fixed.state_dict()) == set(free.state_dict()) == {"log_time_constant", "log_scale"}
     torch.testing.assert_close(AR1Prior(1, (1.0, 4.0)).time_constant, torch.tensor([2.0]))
     torch.testing.assert_close(AR1Prior(2, (1.0, 4.0)).time_constant, torch.tensor([1.0, 4.0]))
     spread = AR1Prior(3, (1.0, 4.0)).time_constant
@@ -705,7 +705,7 @@ def test_sites_are_pseudo_observations_of_the_prior():
     refused(r"prior has batch shape \(2,\)", head, features, AR1Prior(2, 1.0)(10))
     (kl_divergence(q, p).sum() + q.rsample().sum()).backward()
     for name, parameter in (*head.named_parameters(), *prior.named_parameters()):
-        assert not parameter.requires_grad or parameter.grad.isfinite().all(), name
+        assert parameter.grad.isfinite().all(), name
 
 
 def test_the_best_normal_posterior_of_counts_is_a_chain(latent=5):
