@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rhovae import AR1Normal, AR1Prior, Sites, ar1, smoothing
@@ -36,16 +37,12 @@ def inverse(matrix):
 
 def dense_covariance(scale, rho, latent):
     """From its definition: products of correlations, entry by entry."""
-    steps = rho.expand(*rho.shape[:-1], latent - 1)
-    rows = [torch.ones(*rho.shape[:-1], 1)]
-    matrix = torch.zeros(*rho.shape[:-1], latent, latent)
-    for i in range(latent):
-        if i:
-            rows.append(torch.cat((rows[-1] * steps[..., i - 1 : i], rows[0]), -1))
-        matrix = matrix + torch.nn.functional.pad(
-            rows[-1].unsqueeze(-2), (0, latent - i - 1, i, latent - i - 1)
-        )
-    correlation = matrix + matrix.tril(-1).mT
+    steps, one = rho.expand(*rho.shape[:-1], latent - 1), torch.ones(*rho.shape[:-1], 1)
+    rows = [one]
+    for i in range(latent - 1):
+        rows.append(torch.cat((rows[-1] * steps[..., i : i + 1], one), -1))
+    below = torch.stack([pad(row, (0, latent - row.shape[-1])) for row in rows], -2)
+    correlation = below + below.tril(-1).mT
     scale = scale.expand(*scale.shape[:-1], latent)
     return scale.unsqueeze(-1) * correlation * scale.unsqueeze(-2)
 
