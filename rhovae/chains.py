@@ -175,8 +175,7 @@ class AR1Prior(nn.Module):
                 f"{(~(elapsed > 0)).sum().item()} are not positive; sort them, and merge "
                 "observations at the same time."
             )
-        elapsed = elapsed.to(self.log_time_constant)
-        return elapsed if times.dim() == 1 else elapsed.unsqueeze(-2)
+        return elapsed.to(self.log_time_constant).unsqueeze(-2)
 
 
 class Sites(nn.Module):
