@@ -16,7 +16,7 @@ stays exact where rho rounds to 1.
 
 import inspect
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class _FisherZ(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a):
+    def forward(a: Tensor) -> tuple[Tensor, ...]:
         decay = torch.exp(-a.abs())  # cosh overflows long before sech underflows
         limit = 1 - math.log(torch.finfo(a.dtype).eps) / 2  # exp(-2 |a|) is less than a digit there
         near = a.clamp(-limit, limit)
@@ -102,11 +102,11 @@ class _FisherZ(torch.autograd.Function):
         return a.tanh(), 2 * decay / (1 + decay.square()), log
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
         ctx.save_for_backward(*outputs[:2])
 
     @staticmethod
-    def backward(ctx, of_rho, of_innovation, of_log):
+    def backward(ctx: Any, of_rho: Tensor, of_innovation: Tensor, of_log: Tensor) -> Tensor:
         rho, innovation = ctx.saved_tensors
         return innovation * (of_rho * innovation - of_innovation * rho) - 2 * of_log * rho
 
@@ -141,18 +141,18 @@ class _Chain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(u, rho, innovation, transposed):
+    def forward(u: Tensor, rho: Tensor, innovation: Tensor | None, transposed: bool) -> Tensor:
         return _doubling(u, rho, innovation, transposed)
 
     @staticmethod
-    def setup_context(ctx, inputs, x):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], x: Tensor) -> None:
         u, rho, innovation, ctx.transposed = inputs
         noise = () if innovation is None else (u, innovation)
         ctx.shape = u.shape
         ctx.save_for_backward(rho, x, *noise)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rho, x, *noise = ctx.saved_tensors
         back = _Chain.apply(gradient, rho, None, not ctx.transposed)
         later, earlier = (x, back) if ctx.transposed else (back, x)
@@ -167,7 +167,7 @@ class _Chain(torch.autograd.Function):
         return _sum_to(ctx.shape, back), of_rho, of_innovation, None
 
     @staticmethod
-    def vmap(info, dims, *inputs):
+    def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         # Batch dimensions broadcast anyway: put the mapped one before all others.
         *tensors, transposed = inputs
         given = [(t, dim) for t, dim in zip(tensors, dims, strict=False) if t is not None]
@@ -182,10 +182,12 @@ class _Chain(torch.autograd.Function):
 
 for _function in (_FisherZ, _Chain):
     # Function.apply asks for the signature at every call; to find it out takes 20 microseconds.
-    _function.forward.__signature__ = inspect.signature(_function.forward)
+    vars(_function.forward)["__signature__"] = inspect.signature(_function.forward)
 
 
-def _doubling(u, rho, innovation=None, transposed=False):
+def _doubling(
+    u: Tensor, rho: Tensor, innovation: Tensor | None = None, transposed: bool = False
+) -> Tensor:
     """The rounds (3.4), each of which copies x and adds to the copy what the old x carries over."""
     latent, shared = u.shape[-1], rho.shape[-1] == 1
     batch = u.shape[:-1]

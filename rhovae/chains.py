@@ -6,6 +6,8 @@ and a KL divergence has one number per channel, shape (*batch, C): sum over the 
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +55,19 @@ class AR1Prior(nn.Module):
     """
 
     # What forward returns; Pyro's has its own.
-    distribution = AR1Normal
+    distribution: type[AR1Normal] = AR1Normal
+
+    log_time_constant: Tensor
+    log_scale: Tensor
 
     def __init__(
-        self, channels, time_constant, scale=1.0, learn_time_constant=True, learn_scale=False
-    ):
+        self,
+        channels: int,
+        time_constant: float | Sequence[float] | Tensor,
+        scale: float | Sequence[float] | Tensor = 1.0,
+        learn_time_constant: bool = True,
+        learn_scale: bool = False,
+    ) -> None:
         super().__init__()
         if not isinstance(channels, int) or channels < 1:
             raise ValueError(f"AR1Prior: channels is {channels!r}; it must be an integer >= 1.")
@@ -97,9 +107,9 @@ class AR1Prior(nn.Module):
         Raises:
             ValueError: both or neither are given, or times that do not increase.
         """
-        elapsed = self._elapsed(steps, times)
+        elapsed, count = self._elapsed(steps, times)
         return self.distribution(
-            self.log_scale.new_zeros(steps if times is None else times.shape[-1]),
+            self.log_scale.new_zeros(count),
             self.scale.unsqueeze(-1),
             fisher_z=self._fisher_z(elapsed),
             validate_args=False,
@@ -131,8 +141,8 @@ class AR1Prior(nn.Module):
             )
         # The last step of q is at 0.
         counted = pad(times, (1, 0)) if isinstance(times, Tensor) and times.dim() else times
-        elapsed = self._elapsed(steps, counted, "positive and increasing")
-        elapsed = elapsed.expand(steps) if times is None else elapsed
+        elapsed, count = self._elapsed(steps, counted, "positive and increasing")
+        elapsed = elapsed.expand(count) if times is None else elapsed
         scale, last = self.scale.unsqueeze(-1), q.stddev[..., -1:]
         total = elapsed.cumsum(-1) / self.time_constant.unsqueeze(-1)
         mean = q.loc[..., -1:] * (-total).exp()
@@ -154,8 +164,13 @@ class AR1Prior(nn.Module):
         x = elapsed / self.time_constant.unsqueeze(-1)
         return (torch.log1p(torch.exp(-x)) - torch.log(-torch.expm1(-x))) / 2
 
-    def _elapsed(self, steps, times, order: str = "increasing") -> Tensor:
-        """Intervals between the times: (1,), or (*batch, 1, T - 1) to broadcast with channels."""
+    def _elapsed(
+        self, steps: int | None, times: Tensor | None, order: str = "increasing"
+    ) -> tuple[Tensor, int]:
+        """Intervals between the times, and how many times there are.
+
+        Intervals are (1,), or (*batch, 1, T - 1) to broadcast with channels.
+        """
         if (steps is None) == (times is None):
             raise ValueError("AR1Prior needs either steps or times, and not both.")
         if times is None:
@@ -164,7 +179,7 @@ class AR1Prior(nn.Module):
                     f"AR1Prior: steps is {steps!r}; it must be an integer >= 1. For times that are "
                     "not 1 apart, pass times=."
                 )
-            return self.log_time_constant.new_ones(1)
+            return self.log_time_constant.new_ones(1), steps
         if not isinstance(times, Tensor) or times.dim() < 1 or times.shape[-1] < 1:
             raise ValueError("AR1Prior: times must be a tensor of shape (T,) or (*batch, T).")
         # Before rounding to the precision of the parameters: times may be large.
@@ -175,7 +190,7 @@ class AR1Prior(nn.Module):
                 f"{(~(elapsed > 0)).sum().item()} are not positive; sort them, and merge "
                 "observations at the same time."
             )
-        return elapsed.to(self.log_time_constant).unsqueeze(-2)
+        return elapsed.to(self.log_time_constant).unsqueeze(-2), times.shape[-1]
 
 
 class Sites(nn.Module):
@@ -214,7 +229,7 @@ class Sites(nn.Module):
         (torch.Size([8, 3, 100]), torch.Size([8, 3]))
     """
 
-    def __init__(self, features: int, channels: int):
+    def __init__(self, features: int, channels: int) -> None:
         super().__init__()
         self.features, self.channels = features, channels
         self.log_precision = nn.Linear(features, channels)
@@ -250,7 +265,7 @@ class Sites(nn.Module):
         return prior._given_sites(weight, self.shift(features).mT)
 
 
-def _per_channel(name: str, value, channels: int, spread: bool = False) -> Tensor:
+def _per_channel(name: str, value: Any, channels: int, spread: bool = False) -> Tensor:
     """`value` as one positive number per channel; a pair is spread evenly in the logarithm."""
     sizes = {1, channels, 2} if spread else {1, channels}
     try:

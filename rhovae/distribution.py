@@ -1,7 +1,7 @@
 """AR1Normal, a multivariate normal whose correlations decay along a chain, and its KLs."""
 
 import math
-from numbers import Number
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,21 +16,26 @@ from torch.distributions import (
     transform_to,
 )
 from torch.distributions.kl import kl_divergence, register_kl
+from torch.distributions.transforms import Transform
 from torch.distributions.utils import _standard_normal, lazy_property
+from torch.types import _size
 
 from . import ar1, kernels, smoothing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 
 class _OpenInterval(constraints.interval):
     """Between two bounds, both excluded (torch has only the closed and half-open ones)."""
 
-    def check(self, value):
+    def check(self, value: Tensor) -> Tensor:
         return (self.lower_bound < value) & (value < self.upper_bound)
 
 
 @biject_to.register(_OpenInterval)
 @transform_to.register(_OpenInterval)
-def _to_open_interval(constraint):
+def _to_open_interval(constraint: _OpenInterval) -> Transform:
     return biject_to(constraints.interval(constraint.lower_bound, constraint.upper_bound))
 
 
@@ -95,7 +100,19 @@ class AR1Normal(Distribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, loc, scale, rho=None, *, fisher_z=None, validate_args=None):
+    loc: Tensor
+    scale: Tensor
+    _given: str
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor | float,
+        rho: Tensor | float | None = None,
+        *,
+        fisher_z: Tensor | float | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         if (rho is None) == (fisher_z is None):
             raise ValueError("AR1Normal needs either rho or fisher_z, and not both.")
         latent = _latent_of(loc)
@@ -118,7 +135,14 @@ class AR1Normal(Distribution):
             self._validate_parameters()
 
     @classmethod
-    def from_precision(cls, loc, diagonal, off_diagonal, *, validate_args=None):
+    def from_precision(
+        cls,
+        loc: Tensor,
+        diagonal: Tensor,
+        off_diagonal: Tensor,
+        *,
+        validate_args: bool | None = None,
+    ) -> "Self":
         """The chain whose inverse covariance is tridiagonal.               (10.3), notebooks/10
 
         The pivots of the precision are differences; near |rho| = 1 they lose digits, all of them
@@ -150,8 +174,14 @@ class AR1Normal(Distribution):
 
     @classmethod
     def from_transitions(
-        cls, loc, scale_first, coefficient, innovation_scale, *, validate_args=None
-    ):
+        cls,
+        loc: Tensor,
+        scale_first: Tensor | float,
+        coefficient: Tensor | float,
+        innovation_scale: Tensor | float,
+        *,
+        validate_args: bool | None = None,
+    ) -> "Self":
         """The chain z_{j+1} - loc_{j+1} = coefficient_j (z_j - loc_j) + innovation_scale_j e.
 
                                                                             (10.3), notebooks/10
@@ -177,7 +207,7 @@ class AR1Normal(Distribution):
         chain = smoothing.from_transitions(first, coefficient, innovation)
         return cls(loc, 1.0, rho=0.0, validate_args=validate_args)._with_chain(loc, chain)
 
-    def _validate_parameters(self):
+    def _validate_parameters(self) -> None:
         remedies = {
             "loc": "must be finite numbers",
             "scale": "must be positive standard deviations (for a log-variance v, exp(v / 2))",
@@ -188,19 +218,19 @@ class AR1Normal(Distribution):
             if name not in self.__dict__:
                 continue
             value = self.__dict__[name]
-            constraint = self.arg_constraints[name].base_constraint
-            _check_entries(name, value, constraint.check(value), remedy)
+            entries: Any = self.arg_constraints[name]
+            _check_entries(name, value, entries.base_constraint.check(value), remedy)
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: _size, _instance: Any = None) -> "Self":
         if self._given in self.__dict__:
             known = {self._given: self.__dict__[self._given]}
         else:
             known = {"rho": self.rho, "_innovation": self._innovation}
         return self._remade(batch_shape, _instance, loc=self.loc, scale=self.scale, **known)
 
-    def _remade(self, batch_shape, _instance=None, **known: Tensor) -> "AR1Normal":
+    def _remade(self, batch_shape: _size, _instance: Any = None, **known: Tensor) -> "Self":
         """One of this class with these numbers: loc, scale, and what was given or _innovation."""
-        new = self._get_checked_instance(AR1Normal, _instance)
+        new: Self = self._get_checked_instance(AR1Normal, _instance)
         batch_shape = torch.Size(batch_shape)
         new._given = "fisher_z" if "_innovation" in known else self._given
         for name, value in known.items():
@@ -286,7 +316,7 @@ class AR1Normal(Distribution):
         precision = ar1.precision(self.rho, self._latent, self._innovation)
         return precision / stddev.unsqueeze(-1) / stddev.unsqueeze(-2)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """Reparametrised draws, shape (*sample_shape, *batch, latent).      (3.2), notebooks/03"""
         shape = self._extended_shape(sample_shape)
         noise = _standard_normal(shape, dtype=self.loc.dtype, device=self.loc.device)
@@ -323,7 +353,7 @@ class AR1Normal(Distribution):
         """
         return self.stddev[..., 1:] * self._innovation
 
-    def window(self, start: int | None, stop: int | None) -> "AR1Normal":
+    def window(self, start: int | None, stop: int | None) -> "Self":
         """Marginal distribution of the variables start, ..., stop - 1, counted as in a slice."""
         start, stop, _ = slice(start, stop).indices(self._latent)
         if stop <= start:
@@ -331,15 +361,15 @@ class AR1Normal(Distribution):
                 f"AR1Normal: the window from {start} to {stop} of {self._latent} variables is "
                 "empty; stop is excluded, as in a slice."
             )
-        part = {"loc": self.loc[..., start:stop], "scale": self.scale, self._given: None}
-        if self.scale.shape[-1] > 1:
-            part["scale"] = self.scale[..., start:stop]
-        dependence = getattr(self, self._given)
-        shared = dependence.shape[-1] == 1
-        part[self._given] = dependence if shared else dependence[..., start : stop - 1]
-        return type(self)(**part, validate_args=self._validate_args)
+        loc, scale, dependence = self.loc[..., start:stop], self.scale, getattr(self, self._given)
+        if scale.shape[-1] > 1:
+            scale = scale[..., start:stop]
+        if dependence.shape[-1] > 1:
+            dependence = dependence[..., start : stop - 1]
+        part = {self._given: dependence}
+        return type(self)(loc, scale, **part, validate_args=self._validate_args)
 
-    def condition(self, value: Tensor, *, precision) -> "AR1Normal":
+    def condition(self, value: Tensor, *, precision: Tensor | float) -> "Self":
         """The exact posterior of this chain after independent Gaussian observations of it.
 
         To forecast, to fill gaps, or to interpolate: make the chain on the longer or finer grid,
@@ -377,7 +407,9 @@ class AR1Normal(Distribution):
         weight = precision * self.scale.square()
         return self._given_sites(weight, weight * (value - self.loc) / self.scale)
 
-    def log_evidence(self, value: Tensor, *, precision, posterior: "AR1Normal | None" = None):
+    def log_evidence(
+        self, value: Tensor, *, precision: Tensor | float, posterior: "AR1Normal | None" = None
+    ) -> Tensor:
         """log p(value): how probable the observations are with the chain integrated out.
 
         log p(z) + log p(value | z) - log q(z), for every z the same; at the mean of q it needs no
@@ -407,7 +439,7 @@ class AR1Normal(Distribution):
         ratio = ratio + ar1.sum_steps(q._log_steps - self._log_steps, self._latent - 1) / 2
         return (fit - whitened).sum(-1) / 2 + ratio
 
-    def _observations(self, value, precision) -> tuple[Tensor, Tensor]:
+    def _observations(self, value: Tensor, precision: Tensor | float) -> tuple[Tensor, Tensor]:
         """Both checked and (*batch, latent), and no NaN where nothing was observed."""
         latent = self._latent
         value = _as_parameter("value", value, self.loc, (latent,))
@@ -427,14 +459,14 @@ class AR1Normal(Distribution):
         value = torch.where(observed | value.isfinite(), value, self.loc)
         return value, precision.expand(*precision.shape[:-1], latent)
 
-    def _given_sites(self, weight: Tensor, shift: Tensor) -> "AR1Normal":
+    def _given_sites(self, weight: Tensor, shift: Tensor) -> "Self":
         """The posterior after observations of z in units of the scale: precision w, and w times
         the value."""
         mean, chain = smoothing.condition(self.rho, self._innovation, weight, shift)
         chain = chain._replace(scale=self.scale * chain.scale)
         return self._with_chain(self.loc + self.scale * mean, chain)
 
-    def _with_chain(self, loc: Tensor, chain: smoothing.Chain) -> "AR1Normal":
+    def _with_chain(self, loc: Tensor, chain: smoothing.Chain) -> "Self":
         """One of this class, unchecked; its fisher_z follows when it is asked for."""
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], *(part.shape[:-1] for part in chain))
         known = {"scale": chain.scale, "rho": chain.rho, "_innovation": chain.innovation}
@@ -444,7 +476,7 @@ class AR1Normal(Distribution):
         return ar1.whiten(x, self.rho, self._innovation)
 
 
-def _latent_of(loc) -> int:
+def _latent_of(loc: Any) -> int:
     """Number of variables, of a loc that can be one."""
     if not isinstance(loc, Tensor) or not loc.is_floating_point() or loc.dim() < 1:
         raise ValueError(
@@ -480,9 +512,9 @@ def _check_entries(name: str, value: Tensor, valid: Tensor, remedy: str) -> None
         )
 
 
-def _as_parameter(name: str, value, loc: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def _as_parameter(name: str, value: Any, loc: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """`value` as a tensor beside `loc` whose last dimension has one of these sizes."""
-    if isinstance(value, Number):
+    if isinstance(value, int | float):
         value = loc.new_tensor(value)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise ValueError(
@@ -499,7 +531,7 @@ def _as_parameter(name: str, value, loc: Tensor, sizes: tuple[int, ...]) -> Tens
     return value
 
 
-def _describe(value) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"

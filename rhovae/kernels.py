@@ -8,12 +8,13 @@ transforms, torch.compile and second derivatives, takes the scan of `ar1`, silen
 same numbers to rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from itertools import pairwise
 from threading import Thread
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from . import ar1
 
 Tensors = tuple[Tensor, ...]
+Gradients = tuple[Tensor | None, ...]
 
 _enabled = ContextVar("rhovae.kernels", default=True)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -29,7 +31,7 @@ _WORTH_A_THREAD = 2**18  # numbers, some 0.3 ms of work; a thread takes 0.05 ms 
 
 
 @contextmanager
-def use(enabled: bool):
+def use(enabled: bool) -> Iterator[None]:
     """Let draws take the compiled loops where they can (the default), or never.
 
     For tests and benchmarks. It holds within the block and in the thread that enters it.
@@ -69,16 +71,18 @@ def draw(
     if torch.is_grad_enabled():
         return _Draw.apply(*inputs)
     z = _empty_like(noise)
-    _forward(*inputs, z, z)
+    _forward(inputs, z, z)
     return z
 
 
-def _by_scan(loc, scale, noise, rho, innovation):
+def _by_scan(
+    loc: Tensor, scale: Tensor, noise: Tensor, rho: Tensor, innovation: Tensor | None
+) -> Tensor:
     # Not addcmul: rounded in two steps, as in Normal, rho = 0 gives its draws to the last bit.
     return loc + scale * ar1.correlate(noise, rho, innovation)
 
 
-def _fit(loc, scale, noise, rho, innovation) -> bool:
+def _fit(loc: Tensor, scale: Tensor, noise: Tensor, rho: Tensor, innovation: Tensor | None) -> bool:
     """Whether the loops can read these numbers: their place, type and shapes."""
     batch, latent = loc.shape[:-1], loc.shape[-1]
     return (
@@ -103,28 +107,30 @@ class _Draw(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         noise = inputs[2]
         z, x = _empty_like(noise), _empty_like(noise)
-        _forward(*inputs, x, z)
+        _forward(inputs, x, z)
         ctx.save_for_backward(*inputs, x)
         return z
 
     @staticmethod
-    def backward(ctx, of_z):
+    def backward(ctx: Any, of_z: Tensor) -> Gradients:
         *inputs, x = ctx.saved_tensors
         if torch.is_grad_enabled() or not _readable(x, of_z):
             return _backward_by_scan(_by_scan, ctx.needs_input_grad, inputs, (of_z,))
-        return _backward(*inputs, x, of_z)
+        return _backward(inputs, x, of_z)
 
 
-def _forward(loc, scale, noise, rho, innovation, x, z):
+def _forward(inputs: Sequence[Any], x: Tensor, z: Tensor) -> None:
+    loc, scale, noise, rho, innovation = inputs
     known = innovation is not None
     tensors = loc, scale, rho, innovation if known else rho, noise, x, z
     _run("forward", tensors, noise, _batch(loc), scale.shape[-1], rho.shape[-1], known)
 
 
-def _backward(loc, scale, noise, rho, innovation, x, of_z):
+def _backward(inputs: Sequence[Any], x: Tensor, of_z: Tensor) -> Gradients:
+    loc, scale, noise, rho, innovation = inputs
     known = innovation is not None
     of_scale, of_rho = _for_each_row(noise, scale), _for_each_row(noise, rho)
     of_c = _empty_like(of_rho) if known else of_rho
@@ -158,10 +164,10 @@ def condition(
         return by_scan(*inputs)
     if torch.is_grad_enabled():
         return _Condition.apply(by_scan, *inputs)
-    return _condition(*inputs)[3:]
+    return _condition(*inputs)[1]
 
 
-def _fit_to_condition(rho, innovation, weight, shift) -> bool:
+def _fit_to_condition(rho: Tensor, innovation: Tensor, weight: Tensor, shift: Tensor) -> bool:
     latent = weight.shape[-1]
     return (
         _readable(*(rho, innovation, weight, shift))
@@ -179,14 +185,14 @@ class _Condition(torch.autograd.Function):
     """The compiled conditioning, with compiled first derivatives; else as in _Draw."""
 
     @staticmethod
-    def forward(ctx, by_scan, *inputs):
+    def forward(ctx: Any, by_scan: Callable[..., Tensors], *inputs: Any) -> Tensors:
         ctx.by_scan = by_scan
         inner, outer = _condition(*inputs)
         ctx.save_for_backward(*inputs, *inner, *outer)
         return outer
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor) -> Gradients:
         inputs, results = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         if torch.is_grad_enabled() or not _readable(results[0], *gradients):
             needed = ctx.needs_input_grad[1:]
@@ -200,7 +206,9 @@ class _Condition(torch.autograd.Function):
         return None, of_rho, of_c, of_weight, of_shift
 
 
-def _condition(rho, innovation, weight, shift) -> tuple[Tensors, Tensors]:
+def _condition(
+    rho: Tensor, innovation: Tensor, weight: Tensor, shift: Tensor
+) -> tuple[Tensors, Tensors]:
     """What only the gradient needs, and the four results."""
     steps = weight[..., 1:]
     inverse, after_rho, after_c = (_empty_like(steps) for _ in range(3))
@@ -211,7 +219,9 @@ def _condition(rho, innovation, weight, shift) -> tuple[Tensors, Tensors]:
     return inner, outer
 
 
-def _backward_by_scan(function, needed, inputs, gradients):
+def _backward_by_scan(
+    function: Callable[..., Any], needed: Sequence[bool], inputs: Sequence[Any], gradients: Tensors
+) -> Gradients:
     with torch.enable_grad():
         # Views, because an input that was made from another must not lead back to it from here.
         inputs = [t if t is None else t.view_as(t) for t in inputs]
@@ -254,7 +264,8 @@ def _run(name: str, tensors: Tensors, like: Tensor, batch: int, *sizes: int) -> 
         function(*addresses, 0, rows, batch, latent, *sizes)
         return
 
-    def run(start, stop, held=held):  # which must outlive a caller who is interrupted
+    # What is held must outlive a caller who is interrupted.
+    def run(start: int, stop: int, held: Any = held) -> None:
         function(*addresses, start, stop, batch, latent, *sizes)
 
     parts = min(torch.get_num_threads(), rows, numbers // _WORTH_A_THREAD)
@@ -290,14 +301,14 @@ def _readable(*tensors: Tensor) -> bool:
 
 
 @cache
-def _loops():
+def _loops() -> Any:
     """The module of compiled loops; None without numba, or where numba is told not to compile."""
     try:
-        from numba import config
+        import numba
 
         from . import loops
     except ModuleNotFoundError as error:
         if error.name != "numba":
             raise
         return None
-    return None if config.DISABLE_JIT else loops
+    return None if vars(numba.config)["DISABLE_JIT"] else loops

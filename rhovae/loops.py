@@ -16,6 +16,7 @@ from ctypes import CFUNCTYPE, c_int64, c_void_p
 from functools import cache
 from inspect import signature
 from math import sqrt
+from typing import Any
 
 from numba import carray, cfunc, njit, types
 
@@ -234,7 +235,7 @@ def condition_backward(
 
 
 @cache
-def compiled(name: str, number: str):
+def compiled(name: str, number: str) -> Any:
     """A loop as a C function for float32 or float64: addresses, then sizes."""
     loop = globals()[name]
     names = list(signature(loop).parameters)

@@ -32,7 +32,7 @@ class PosteriorHead(nn.Module):
     @property
     def numbers_per_image(self) -> int:
         """How many numbers the head outputs for each image."""
-        return sum(layer.out_features for layer in self.children())
+        return sum(layer.out_features for layer in self.children() if isinstance(layer, nn.Linear))
 
     def forward(self, features: Tensor) -> Distribution:
         raise NotImplementedError

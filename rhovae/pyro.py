@@ -10,7 +10,8 @@ except ModuleNotFoundError as error:
         "rhovae.pyro needs Pyro, which is not installed; install it with: pip install rhovae[pyro]"
     ) from error
 
-from torch.distributions import Independent, Normal
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, constraints
 
 from . import chains, distribution
 
@@ -19,12 +20,12 @@ class AR1Normal(distribution.AR1Normal, TorchDistributionMixin):
     __doc__ = distribution.AR1Normal.__doc__
 
     @property
-    def arg_constraints(self):
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:  # type: ignore[override]
         """Of the parameters that were given: Pyro makes new instances from all it finds here."""
-        constraints = distribution.AR1Normal.arg_constraints
-        return {name: constraints[name] for name in ("loc", "scale", self._given)}
+        every = distribution.AR1Normal.arg_constraints
+        return {name: every[name] for name in ("loc", "scale", self._given)}
 
-    def conjugate_update(self, other):
+    def conjugate_update(self, other: Distribution) -> tuple["AR1Normal", Tensor]:
         """This chain times a diagonal normal over the same variables, as Pyro asks for it.
 
         `pyro.infer.reparam.ConjugateReparam` takes the other as the guide: with noise of known

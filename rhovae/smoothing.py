@@ -14,7 +14,7 @@ Shapes are those of `ar1`: (*batch, latent) for what belongs to a variable, (*ba
 for what belongs to a step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,9 @@ def condition(
     return mean, Chain(*chain)
 
 
-def _condition(rho, innovation, weight, shift) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _condition(
+    rho: Tensor, innovation: Tensor, weight: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fresh = innovation.square()
     known = information(weight, rho.square(), fresh)
     damping = 1 + fresh * known[..., 1:]
@@ -157,16 +159,16 @@ class _Information(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight, gain, damping):
+    def forward(weight: Tensor, gain: Tensor, damping: Tensor) -> Tensor:
         # The last variable maps what comes after it, 0, to its own weight.
         return _solve(pad(gain, (0, 1)), pad(damping, (0, 1)), weight)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:], output)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         gain, damping, known = ctx.saved_tensors
         later = known[..., 1:]
         inverse = (1 + damping * later).reciprocal()

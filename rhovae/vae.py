@@ -1,5 +1,7 @@
 """A variational autoencoder is an encoder body, a posterior head and a decoder body."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -33,6 +35,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def generate(self, n: int) -> Tensor:
         """Mean pixels in [0, 1] of n images decoded from the prior, (n, *image_shape)."""
-        loc = self.posterior.loc.weight
-        z = torch.randn(n, self.posterior.latent, device=loc.device, dtype=loc.dtype)
+        like = next(self.parameters())
+        latent: Any = self.posterior.latent
+        z = torch.randn(n, latent, device=like.device, dtype=like.dtype)
         return self.decoder(z).sigmoid()

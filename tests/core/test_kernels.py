@@ -388,3 +388,15 @@ def test_conditioning_where_rho_is_near_one(fisher_z):
     ]
     for loop, scan in zip(*errors, strict=True):
         assert loop < 2 * scan + 1e-6
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_conditioning_is_the_same_with_and_without_gradients(grad):
+    p = AR1Normal(torch.zeros(2, 6), torch.ones(2, 1), rho=torch.full((2, 1), 0.5))
+    value, weight = torch.randn(2, 6), torch.rand(2, 6)
+    with torch.set_grad_enabled(grad), kernels.use(False):
+        expected = p.condition(value, precision=weight)
+    with torch.set_grad_enabled(grad):
+        q = p.condition(value, precision=weight)
+    for name in ("mean", "stddev", "rho", "innovation_scale"):
+        torch.testing.assert_close(getattr(q, name), getattr(expected, name))
