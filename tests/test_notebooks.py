@@ -128,11 +128,25 @@ def test_the_main_job_stops_at_the_first_failure(tmp_path, monkeypatch):
     notebook_of(tmp_path / "03_never.ipynb", "open('seen', 'w')")
     monkeypatch.setattr(reproduce, "NOTEBOOKS", tmp_path)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "AT_ONCE", 1)
     with pytest.raises(SystemExit, match=r"02_broken.ipynb failed in code cell 1: ValueError: no"):
         reproduce.main()
     made = tmp_path / "runs" / "embedded" / "notebooks"
     assert {path.name for path in made.iterdir()} == {"01_fine.ipynb", "02_broken.ipynb"}
     assert not (tmp_path / "seen").exists()
+
+
+def test_a_failure_ends_what_runs_beside_it(tmp_path, monkeypatch):
+    notebook_of(tmp_path / "01_slow.ipynb", "import time\ntime.sleep(300)")
+    notebook_of(tmp_path / "02_broken.ipynb", "raise ValueError('no')")
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "AT_ONCE", 2)
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match=r"02_broken.ipynb failed in code cell 1: ValueError: no"):
+        reproduce.main()
+    assert time.monotonic() - start < 200
+    assert not psutil.Process().children(recursive=True)
 
 
 def test_figures_of_an_earlier_main_job_do_not_count(tmp_path, monkeypatch):
