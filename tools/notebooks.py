@@ -6,7 +6,8 @@
 
 In the normal form a rerun with the same results changes no byte: fixed metadata, code cells counted
 1..n, joined streams, no widget states, stable ids; and the first code cell, which finds or installs
-the package, and the badge at the top both carry the address that stands in pyproject.toml.
+the package, and the badge at the top both carry the address that stands in pyproject.toml. That
+cell is tagged so that the book folds it.
 """
 
 import argparse
@@ -80,6 +81,7 @@ def normalise(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNo
             count += 1
             if count == 1:
                 cell.source = SETUP.replace("{address}", address)
+                cell.metadata = nbformat.from_dict({"tags": sorted({"hide-cell", *(tags or [])})})
             cell.execution_count = count
             cell.outputs = _outputs(cell.outputs, count)
     return notebook
