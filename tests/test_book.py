@@ -4,6 +4,8 @@ import re
 import sys
 from pathlib import Path
 
+import nbformat
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import book  # noqa: E402
@@ -20,6 +22,29 @@ def test_the_sources_of_the_book_lie_as_in_the_repository(tmp_path):
     assert all(f"\nnotebooks/{Path(name).stem}\n" in index for name in names)
     pages = (tmp_path / "source" / "notebooks").glob("*.ipynb")
     assert not any(book.BADGE in page.read_text() for page in pages)
+
+
+def test_cited_equations_become_links(tmp_path):
+    pages = {
+        "01_a": [
+            "## 1.1 By (1.2)\n\nFirst\n\n$$x, (1.2)\\tag{1.1}$$\n\nand `(1.1)`, $(1.1)$, (1.1)"
+        ],
+        "02_b": ["By (1.1), [see (1.1)](01_a.ipynb) and (9.9).", "$$y\\tag{2.1}$$"],
+    }
+    for name, sources in pages.items():
+        cells = [nbformat.v4.new_markdown_cell(source) for source in sources]
+        cells.append(nbformat.v4.new_code_cell("f(1.1)"))
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    book.link_equations(sorted(tmp_path.iterdir()))
+    first, second = (nbformat.read(p, as_version=4).cells for p in sorted(tmp_path.iterdir()))
+    link = '<a href="01_a.html#eq-1.1">(1.1)</a>'
+    assert first[0].source == (
+        '## 1.1 By (1.2)\n\nFirst\n\n<span id="eq-1.1"></span>\n\n$$x, (1.2)\\tag{1.1}$$\n\n'
+        f"and `(1.1)`, $(1.1)$, {link}"
+    )
+    assert second[0].source == f"By {link}, [see (1.1)](01_a.ipynb) and (9.9)."
+    assert second[1].source.startswith('<span id="eq-2.1">')
+    assert first[1].source == second[2].source == "f(1.1)"
 
 
 def test_every_module_is_in_the_reference():

@@ -5,6 +5,7 @@ pictures, and formulas and tables that the site would show as text.
 """
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -23,6 +24,11 @@ COPIED = (
 )
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"  # would need the network
 RAW_TEX = r"\$[^$\n]*\\[a-zA-Z]+|\$[^$\s]{1,20}\$|\\(?:frac|mathcal|begin|rho)\b"
+# What is left as it is (a formula, code, a heading, a link), or else a cited equation.
+CITED = re.compile(
+    r"(\$\$.*?\$\$|```.*?```|`[^`\n]*`|\$[^$]*\$|^#[^\n]*|\[[^\]\n]*\]\([^)\n]*\))|\((\d\.\d+)\)",
+    re.DOTALL | re.MULTILINE,
+)
 CONTENTS = """
 
 ```{{toctree}}
@@ -56,10 +62,37 @@ def assemble(source: Path) -> None:
         shutil.copy(path, source / path.name)
     for path in (source / "notebooks").glob("*.ipynb"):
         path.write_text(path.read_text().replace(BADGE, "../colab.svg"))
+    link_equations(sorted((source / "notebooks").glob("*.ipynb")))
     names = sorted(path.stem for path in (source / "notebooks").glob("*.ipynb"))
     contents = CONTENTS.format(notebooks="\n".join(f"notebooks/{name}" for name in names))
     readme = (ROOT / "README.md").read_text().replace("](rhovae)", "](api.md)")
     (source / "index.md").write_text(readme + contents)
+
+
+def link_equations(paths: list[Path]) -> None:
+    """Give every tagged equation of the notebooks an anchor, and link to it where it is cited."""
+    notebooks = {path: json.loads(path.read_text()) for path in paths}
+    places = {}  # of tag (1.2): the page it is on
+    for path, notebook in notebooks.items():
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                for tag in re.findall(r"\\tag\{([\d.]+)\}", "".join(cell["source"])):
+                    places[tag] = f"{path.stem}.html"
+
+    def linked(match: re.Match) -> str:
+        kept, tag = match.groups()
+        if kept:  # a formula, code, a heading, or a link: not ours to change
+            tagged = re.search(r"\\tag\{([\d.]+)\}", kept) if kept.startswith("$$") else None
+            return f'<span id="eq-{tagged[1]}"></span>\n\n{kept}' if tagged else kept
+        if tag not in places:
+            return match[0]
+        return f'<a href="{places[tag]}#eq-{tag}">({tag})</a>'
+
+    for path, notebook in notebooks.items():
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = re.sub(CITED, linked, "".join(cell["source"]))
+        path.write_text(json.dumps(notebook))
 
 
 class Page(HTMLParser):
