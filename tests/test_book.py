@@ -29,7 +29,7 @@ def test_cited_equations_become_links(tmp_path):
         "01_a": [
             "## 1.1 By (1.2)\n\nFirst\n\n$$x, (1.2)\\tag{1.1}$$\n\nand `(1.1)`, $(1.1)$, (1.1)"
         ],
-        "02_b": ["By (1.1), [see (1.1)](01_a.ipynb) and (9.9).", "$$y\\tag{2.1}$$"],
+        "02_b": ["By (1.1), [see (1.1)](01_a.ipynb) and (9.9).", "> So\n>\n> $$y\\tag{2.1}$$"],
     }
     for name, sources in pages.items():
         cells = [nbformat.v4.new_markdown_cell(source) for source in sources]
@@ -39,11 +39,12 @@ def test_cited_equations_become_links(tmp_path):
     first, second = (nbformat.read(p, as_version=4).cells for p in sorted(tmp_path.iterdir()))
     link = '<a href="01_a.html#eq-1.1">(1.1)</a>'
     assert first[0].source == (
-        '## 1.1 By (1.2)\n\nFirst\n\n<span id="eq-1.1"></span>\n\n$$x, (1.2)\\tag{1.1}$$\n\n'
+        '## 1.1 By (1.2)\n\nFirst\n\n<div id="eq-1.1"></div>\n\n$$x, (1.2)\\tag{1.1}$$\n\n'
         f"and `(1.1)`, $(1.1)$, {link}"
     )
     assert second[0].source == f"By {link}, [see (1.1)](01_a.ipynb) and (9.9)."
-    assert second[1].source.startswith('<span id="eq-2.1">')
+    quoted = '> So\n>\n> <div id="eq-2.1"></div>\n> \n> $$y\\tag{2.1}$$'
+    assert second[1].source == quoted
     assert first[1].source == second[2].source == "f(1.1)"
 
 

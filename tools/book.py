@@ -83,7 +83,9 @@ def link_equations(paths: list[Path]) -> None:
         kept, tag = match.groups()
         if kept:  # a formula, code, a heading, or a link: not ours to change
             tagged = re.search(r"\\tag\{([\d.]+)\}", kept) if kept.startswith("$$") else None
-            return f'<span id="eq-{tagged[1]}"></span>\n\n{kept}' if tagged else kept
+            margin = match.string[: match.start()].rpartition("\n")[2]  # of a quotation or a list
+            anchor = '<div id="eq-{}"></div>\n{}\n{}'
+            return anchor.format(tagged[1], margin, margin) + kept if tagged else kept
         if tag not in places:
             return match[0]
         return f'<a href="{places[tag]}#eq-{tag}">({tag})</a>'
