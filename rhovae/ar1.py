@@ -5,8 +5,8 @@ A chain x_1, ..., x_d with unit variances and neighbouring correlations rho,
     x_1 = e_1,    x_j = rho_{j-1} x_{j-1} + sqrt(1 - rho_{j-1}^2) e_j,    e ~ N(0, I),      (1.1)
 
 has the correlation matrix R_ij = rho^|i-j|, a Cholesky factor and a determinant in closed form,
-and a tridiagonal inverse. The equation numbers are those of notebooks 01 to 03, which call the chain
-y, as x is an image there; here are no images.
+and a tridiagonal inverse. The equation numbers are those of notebooks 01 to 03, where the chain is
+called y, as x is an image there.
 
 Shapes. `latent` is the length d of the chain. Every `rho` has shape (*batch, 1), one correlation
 shared by all neighbours (the paper's case), or (*batch, latent - 1), one per step. The
