@@ -26,7 +26,7 @@ BADGE = "https://colab.research.google.com/assets/colab-badge.svg"  # would need
 RAW_TEX = r"\$[^$\n]*\\[a-zA-Z]+|\$[^$\s]{1,20}\$|\\(?:frac|mathcal|begin|rho)\b"
 # What is left as it is (a formula, code, a heading, a link), or else a cited equation.
 CITED = re.compile(
-    r"(\$\$.*?\$\$|```.*?```|`[^`\n]*`|\$[^$]*\$|^#[^\n]*|\[[^\]\n]*\]\([^)\n]*\))|\((\d\.\d+)\)",
+    r"(\$\$.*?\$\$|```.*?```|`[^`\n]*`|\$[^$]*\$|^#[^\n]*|\[[^\]\n]*\]\([^)\n]*\))|\((\d+\.\d+)\)",
     re.DOTALL | re.MULTILINE,
 )
 CONTENTS = """
