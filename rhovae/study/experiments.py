@@ -23,6 +23,7 @@ from .data import (
     load_images,
     load_labels,
     require_known,
+    to_unit_interval,
 )
 from .evaluation import evaluate, inference_gaps, iwae_nll, latent_statistics
 from .networks import NETWORKS, count_parameters
@@ -31,16 +32,20 @@ from .provenance import environment
 from .published import PUBLISHED_POSTERIORS, decompose, divided_loss, published_loss
 from .quality import sample_quality
 from .records import SCHEMA, load_record, require_writable, save_record
+from .released import RELEASED_NETWORKS, RELEASED_POSTERIORS, initialise_batch_norm
 from .training import fit, pick_device, set_seed
 
-ALL_POSTERIORS = POSTERIORS | PUBLISHED_POSTERIORS
+ALL_NETWORKS = NETWORKS | RELEASED_NETWORKS
+# Of the paper's code: trained by default on its loss.
+CODE_POSTERIORS = PUBLISHED_POSTERIORS | RELEASED_POSTERIORS
+ALL_POSTERIORS = POSTERIORS | CODE_POSTERIORS
 ALL_OBJECTIVES = {
     **OBJECTIVES,
     "as-published": published_loss,
     "divided-kl": divided_loss,
 }
 OBJECTIVE_SETTINGS = {"beta-elbo": ("beta",), "info-vae": ("alpha", "lambda_", "kernel")}
-INITIALISATIONS = ("torch", "xavier")
+INITIALISATIONS = ("torch", "xavier", "released")
 # What is judged after training: it does not decide what is trained.
 EVALUATION = ("iwae_samples", "iwae_images", "gap_images", "pictures")
 
@@ -52,17 +57,19 @@ class Experiment:
     Args:
         dataset: "mnist", "fashion-mnist", or any label if you pass your own images.
         source: "embedded" (10,000 training and 2,000 test images) or "full".
-        architecture: a name in NETWORKS.
-        posterior: a name in POSTERIORS, or "published-notebook" or "published-script".
+        architecture: a name in NETWORKS or RELEASED_NETWORKS.
+        posterior: a name in POSTERIORS, or "published-notebook", "published-script", or a name in
+            RELEASED_POSTERIORS (see `released`).
         objective: "elbo", "beta-elbo", "info-vae", "as-published" (the released code's loss, the
-            default for the published posteriors) or "divided-kl" (its division by the batch size,
-            for any posterior).
+            default for its posteriors) or "divided-kl" (its division by the batch size, for any
+            posterior).
         latent: number of latent variables.
         epochs, batch_size, learning_rate: of Adam.
         clip_norm: the norm to which a larger gradient is shortened; 0 for no limit.
         compiled: train with torch.compile, which rounds differently (see `training.fit`).
         seed: of initial weights, order of images and posterior draws.
-        initialisation: "torch" (PyTorch's own) or "xavier" (uniform, no bias; the paper's script).
+        initialisation: "torch" (PyTorch's own), "xavier" (uniform, no bias; the paper's script) or
+            "released" (the same, with the batch norm of the torch of its day).
         head_scale: factor on the initial weights of the posterior head. With 0.01 all posteriors
             start near the prior, without which dcgan diverges in its first steps.
         image_size: height and width to which images are resized; 0 leaves them as they are.
@@ -110,7 +117,7 @@ class Experiment:
             object.__setattr__(self, name, self._number(name))  # 2 and 2.0 are one experiment
         require_known("posterior", self.posterior, ALL_POSTERIORS)
         if not self.objective:
-            implied = "as-published" if self.posterior in PUBLISHED_POSTERIORS else "elbo"
+            implied = "as-published" if self.posterior in CODE_POSTERIORS else "elbo"
             object.__setattr__(self, "objective", implied)
         require_known("source", self.source, (*SOURCES, "own"))
         if not re.fullmatch(r"[\w.-]+", self.dataset) or self.dataset.startswith("."):
@@ -120,7 +127,7 @@ class Experiment:
             )
         if self.source != "own":
             require_known("data set", self.dataset, DATASETS)
-        require_known("architecture", self.architecture, NETWORKS)
+        require_known("architecture", self.architecture, ALL_NETWORKS)
         require_known("objective", self.objective, ALL_OBJECTIVES)
         require_known("initialisation", self.initialisation, INITIALISATIONS)
         require_known("kernel", self.kernel, KERNELS)
@@ -193,11 +200,13 @@ def build_objective(experiment: Experiment) -> Callable[..., Terms]:
 def build_vae(experiment: Experiment, image_shape: tuple[int, ...]) -> VAE:
     """The untrained model of an experiment, its weights drawn from the experiment's seed."""
     set_seed(experiment.seed, 0)
-    bodies = NETWORKS[experiment.architecture](image_shape, experiment.latent)
+    bodies = ALL_NETWORKS[experiment.architecture](image_shape, experiment.latent)
     head = ALL_POSTERIORS[experiment.posterior](bodies.features, experiment.latent)
     vae = VAE(bodies.encoder, head, bodies.decoder)
-    if experiment.initialisation == "xavier":
+    if experiment.initialisation in ("xavier", "released"):
         vae.apply(_xavier_uniform)
+    if experiment.initialisation == "released":
+        vae.apply(initialise_batch_norm)
     for parameter in head.parameters():
         parameter.data.mul_(experiment.head_scale)
     return vae.float()
@@ -319,7 +328,7 @@ def _judge(experiment: Experiment, vae: VAE, train: Tensor, test: Tensor, root) 
         stream(4)
         parts["images"] = pictures(vae, test)
         parts["map"] = latent_map(vae, test, labels)
-    if experiment.posterior in PUBLISHED_POSTERIORS:
+    if hasattr(vae.encode(to_unit_interval(test[:1])), "charged_kl"):
         parts["published"] = decompose(vae, test, experiment.batch_size)
     return parts
 

@@ -38,11 +38,14 @@ class PublishedNormal(AR1Normal):
         charged_fisher_z: Fisher's z of the rho that the code charges for, (*batch, 1).
         forget_rho: True for the script (r = 1), False for the notebooks (r = rho).
         epsilon: what the code adds inside log(1 - rho^2 + epsilon).
+        charge_draw: True where the code puts the draw into its loss in the place of loc
+            (RHO_BETAVAE and RHO_INFO_VAE).
     """
 
     def __init__(self, loc: Tensor, log_s: Tensor, charged_fisher_z: Tensor, forget_rho: bool,
-                 epsilon: float):  # fmt: skip
+                 epsilon: float, charge_draw: bool = False):  # fmt: skip
         self.log_s, self.charged_rho, self.epsilon = log_s, charged_fisher_z.tanh(), epsilon
+        self.charge_draw = charge_draw
         r = torch.ones_like(log_s) if forget_rho else self.charged_rho
         variances = ar1.scan(torch.ones_like(loc), r.square())
         # 1 - r^2 v_j / v_{j+1} = 1 / v_{j+1}, so that atanh needs no difference near 1.
@@ -71,8 +74,16 @@ class PublishedNormal(AR1Normal):
         |loc|^2 / 2 + (1/B) 1/2 (d (s - 1) - d log s - (d - 1) log(1 - rho^2 + epsilon))
 
         The 1/B comes from a sum over the batch inside a mean over the batch.  (4.3), notebooks/04
+        Where the draw stands for loc, this is the mean over draws, with E|z|^2 for |loc|^2: the
+        trace of the covariance is then charged in full, and its log-determinant is not.
         """
-        return self.location_kl + self._covariance_kl / batch_size
+        trace = 0.5 * self.variance.sum(-1) if self.charge_draw else 0.0
+        return self.location_kl + trace + self._covariance_kl / batch_size
+
+    def charge(self, z: Tensor) -> Tensor:
+        """That term for the draws z of a whole batch, (B, latent), per image, shape (B,)."""
+        location = 0.5 * z.square().sum(-1) if self.charge_draw else self.location_kl
+        return location + self._covariance_kl / len(z)
 
     @property
     def _covariance_kl(self) -> Tensor:
@@ -105,8 +116,8 @@ def published_loss(q: Distribution, z: Tensor, logits: Tensor, x: Tensor) -> Ter
     ELBO, as in the code's baselines.                                          (4.3), notebooks/04
     """
     terms = negative_elbo(q, z, logits, x)
-    if isinstance(q, PublishedNormal):
-        return terms._replace(loss=terms.reconstruction + q.charged_kl(len(x)))
+    if hasattr(q, "charge"):
+        return terms._replace(loss=terms.reconstruction + q.charge(z))
     return terms
 
 
@@ -124,26 +135,28 @@ def divided_loss(q: Distribution, z: Tensor, logits: Tensor, x: Tensor) -> Terms
 
 @torch.no_grad()
 def decompose(vae: VAE, images: Tensor, batch_size: int) -> dict[str, float]:
-    """The KL of a published posterior in its versions, means over images in nats.
+    """The KL of a posterior that charges another, in its versions, means over images in nats.
 
     Args:
-        vae: a model with a published posterior.
+        vae: a model with a published posterior, or that of INFO_VAE.
         images: uint8, (n, channels, height, width).
         batch_size: of the code's evaluation, which decides what it charges.
     Returns:
         kl_charged (in the reported loss), kl_formula (Eq. 6 of the paper, undivided), kl_true (of
-        what is sampled), location (|loc|^2 / 2, common to all three) and the mean rho and log s.
+        what is sampled), location (|loc|^2 / 2, common to all three) and the mean rho and log s,
+        where there are such.
     """
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = 0.0
     for batch in images.split(batch_size):
         q = vae.encode(to_unit_interval(batch))
         assert isinstance(q, PublishedNormal)
         kl_true = kl_divergence(q, standard_normal_like(q.mean))
-        per_image = (q.charged_kl(len(batch)), q.formula_kl, kl_true, q.location_kl,
-                     q.charged_rho.squeeze(-1), q.log_s.squeeze(-1))  # fmt: skip
-        sums += torch.stack(per_image).sum(1).cpu().double()
-    names = ("kl_charged", "kl_formula", "kl_true", "location", "rho", "log_s")
-    return dict(zip(names, (sums / len(images)).tolist(), strict=True))
+        per_image = {"kl_charged": q.charged_kl(len(batch)), "kl_formula": q.formula_kl,
+                     "kl_true": kl_true, "location": q.location_kl}  # fmt: skip
+        if isinstance(q, PublishedNormal):
+            per_image |= {"rho": q.charged_rho.squeeze(-1), "log_s": q.log_s.squeeze(-1)}
+        sums += torch.stack(tuple(per_image.values())).sum(1).cpu().double()
+    return dict(zip(per_image, (sums / len(images)).tolist(), strict=True))
 
 
 PUBLISHED_POSTERIORS = {
