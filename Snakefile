@@ -79,7 +79,8 @@ rule experiment:
         ),
     threads: THREADS
     resources:
-        mem_mb=4000,
+        # Weights, gradients and Adam's moments of 309 million parameters, twice when they are saved.
+        mem_mb=lambda w: 14000 if "released_cnn" in w.name else 4000,
         runtime=720,
     message:
         "training {wildcards.name}"
