@@ -11,6 +11,11 @@ Class by class (d = 10), with the names they have here:
 | INFO_VAE     | `dcgan`        | `released-info`     | deviation >= 0.01   | the draw      |
 | RHO_INFO_VAE | `dcgan`        | `released-rho-info` | walk, s >= 0.02     | the draw      |
 
+The floors of the CNN pair came in at 05e1756 (2019-09-12 20:48), which also cut the driver script
+down to this pair on Fashion-MNIST; at 8a62f4a, two hours before, it had run all 16 models. So the
+curves of Figure 4 on MNIST are probably those of the pair without floors: `released-early-cnn` and
+`released-early-rho-cnn`.
+
 (VanillaVAE and RHO_VanillaVAE, Figure 1, are `mlp` with `diagonal` and `published-script`.) Every
 posterior is a distribution that samples what the code samples, with its true log_prob and KL;
 beside them stands what the code charges. All are trained by Adam at 1e-3 with the initialisation
@@ -141,7 +146,10 @@ class ReleasedRhoInfo(PosteriorHead):
 
 
 class ReleasedCNN(nn.Module):
-    """CNN_VAE: a trunk of its own for loc and for the variance, which is no less than 0.02."""
+    """CNN_VAE: a trunk of its own for loc and for the variance, which is no less than 0.02.
+
+    Without a floor (None) the second trunk gives the log-variance.
+    """
 
     floor, hidden = 0.02, 1024
 
@@ -149,11 +157,18 @@ class ReleasedCNN(nn.Module):
         super().__init__()
         self.latent = latent
         self.loc = _trunk(features, self.hidden, latent)
-        self.variance = _trunk(features, self.hidden, latent)
+        self.spread = _trunk(features, self.hidden, latent)
 
     def forward(self, features: Tensor) -> Distribution:
-        variance = self.variance(features).clamp(min=self.floor)
-        return _diagonal(self.loc(features), variance.log())
+        spread = self.spread(features)
+        log_variance = spread if self.floor is None else spread.clamp(min=self.floor).log()
+        return _diagonal(self.loc(features), log_variance)
+
+
+class EarlyCNN(ReleasedCNN):
+    """CNN_VAE from 6f88de4 until 05e1756."""
+
+    floor = None
 
 
 class _FlooredLog(nn.Module):
@@ -166,7 +181,10 @@ class _FlooredLog(nn.Module):
 
 
 class ReleasedRhoCNN(nn.Module):
-    """RHO_CNN_VAE: three trunks. Floor and logarithm act on hidden units; log s itself is free."""
+    """RHO_CNN_VAE: three trunks. Floor and logarithm act on hidden units; log s itself is free.
+
+    Without a floor (None) there is no logarithm either.
+    """
 
     floor, hidden = 0.02, 1024
 
@@ -174,11 +192,18 @@ class ReleasedRhoCNN(nn.Module):
         super().__init__()
         self.latent = latent
         self.loc = _trunk(features, self.hidden, latent)
-        self.log_s = _trunk(features, self.hidden, 1, _FlooredLog(self.floor))
+        between = () if self.floor is None else (_FlooredLog(self.floor),)
+        self.log_s = _trunk(features, self.hidden, 1, *between)
         self.fisher_z = _trunk(features, self.hidden, 1)
 
     def forward(self, features: Tensor) -> PublishedNormal:
         return _random_walk(self.loc(features), self.log_s(features), self.fisher_z(features))
+
+
+class EarlyRhoCNN(ReleasedRhoCNN):
+    """RHO_CNN_VAE from 6f88de4 until 05e1756."""
+
+    floor = None
 
 
 def _trunk(features: int, hidden: int, outputs: int, *between: nn.Module) -> nn.Sequential:
@@ -257,6 +282,8 @@ RELEASED_POSTERIORS = {
     "released-rho-beta": ReleasedRhoBeta,
     "released-cnn": ReleasedCNN,
     "released-rho-cnn": ReleasedRhoCNN,
+    "released-early-cnn": EarlyCNN,
+    "released-early-rho-cnn": EarlyRhoCNN,
     "released-info": ReleasedInfo,
     "released-rho-info": ReleasedRhoInfo,
 }
