@@ -35,6 +35,13 @@ LABELS = {
     "published-notebook": "as published, notebook",
     "published-script": "as published, script",
 }
+# The released models of Figures 3 to 5 look like the baseline and the rho-VAE of Figure 1.
+for _name in ("beta", "cnn", "early-cnn", "info"):
+    COLORS[f"released-{_name}"] = COLORS["diagonal"]
+    LABELS[f"released-{_name}"] = "VAE, as released"
+for _name in ("rho-beta", "rho-cnn", "early-rho-cnn", "rho-info"):
+    COLORS[f"released-{_name}"] = COLORS["published-script"]
+    LABELS[f"released-{_name}"] = "rho-VAE, as released"
 
 
 def style() -> None:

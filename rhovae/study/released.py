@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from .networks import Bodies
 from ..posteriors import PosteriorHead
+from .networks import Bodies
 from .published import PublishedNormal
 
 

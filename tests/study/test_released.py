@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from rhovae.objectives import standard_normal_like
 from rhovae.study import Experiment, run_experiment
 from rhovae.study.evaluation import evaluate
 from rhovae.study.experiments import build_objective, build_vae
-from rhovae.objectives import standard_normal_like
 from rhovae.study.released import (
     InfoNormal,
     ReleasedCNN,
