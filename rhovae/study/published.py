@@ -13,6 +13,8 @@ that the code charges.
 Source: github.com/sssohrab/rho_VAE, notebooks/rho_VAE.ipynb, models.py, utils.py (2019).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
@@ -146,16 +148,15 @@ def decompose(vae: VAE, images: Tensor, batch_size: int) -> dict[str, float]:
         what is sampled), location (|loc|^2 / 2, common to all three) and the mean rho and log s,
         where there are such.
     """
-    sums = 0.0
+    sums = torch.zeros(())
     for batch in images.split(batch_size):
-        q = vae.encode(to_unit_interval(batch))
-        assert isinstance(q, PublishedNormal)
+        q: Any = vae.encode(to_unit_interval(batch))
         kl_true = kl_divergence(q, standard_normal_like(q.mean))
         per_image = {"kl_charged": q.charged_kl(len(batch)), "kl_formula": q.formula_kl,
                      "kl_true": kl_true, "location": q.location_kl}  # fmt: skip
         if isinstance(q, PublishedNormal):
             per_image |= {"rho": q.charged_rho.squeeze(-1), "log_s": q.log_s.squeeze(-1)}
-        sums += torch.stack(tuple(per_image.values())).sum(1).cpu().double()
+        sums = sums + torch.stack(tuple(per_image.values())).sum(1).cpu().double()
     return dict(zip(per_image, (sums / len(images)).tolist(), strict=True))
 
 

@@ -120,7 +120,7 @@ class ReleasedRhoBeta(nn.Module):
 class ReleasedInfo(PosteriorHead):
     """INFO_VAE: a linear output, no less than 0.01, is both standard deviation and variance."""
 
-    floor = 0.01
+    floor: float | None = 0.01
 
     def __init__(self, features: int, latent: int):
         super().__init__(features, latent)
@@ -133,7 +133,7 @@ class ReleasedInfo(PosteriorHead):
 class ReleasedRhoInfo(PosteriorHead):
     """RHO_INFO_VAE: s is a linear output, no less than 0.02; the draw is charged for loc."""
 
-    floor = 0.02
+    floor: float | None = 0.02
 
     def __init__(self, features: int, latent: int):
         super().__init__(features, latent)
@@ -151,7 +151,8 @@ class ReleasedCNN(nn.Module):
     Without a floor (None) the second trunk gives the log-variance.
     """
 
-    floor, hidden = 0.02, 1024
+    floor: float | None = 0.02
+    hidden = 1024
 
     def __init__(self, features: int, latent: int):
         super().__init__()
@@ -186,7 +187,8 @@ class ReleasedRhoCNN(nn.Module):
     Without a floor (None) there is no logarithm either.
     """
 
-    floor, hidden = 0.02, 1024
+    floor: float | None = 0.02
+    hidden = 1024
 
     def __init__(self, features: int, latent: int):
         super().__init__()
