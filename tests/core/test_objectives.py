@@ -10,6 +10,7 @@ from torch.distributions import kl_divergence
 from rhovae import POSTERIORS, VAE
 from rhovae.objectives import (
     KERNELS,
+    _bernoulli_nll_of_many,
     bernoulli_nll,
     beta_elbo,
     importance_weighted_nll,
@@ -50,6 +51,28 @@ def test_bernoulli_nll_is_the_binary_likelihood():
     expected = -torch.distributions.Bernoulli(logits=logits).log_prob(x).sum((1, 2, 3))
     torch.testing.assert_close(bernoulli_nll(logits, x), expected)
     torch.testing.assert_close(bernoulli_nll(logits.expand(4, *logits.shape), x)[2], expected)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("size", [0.0, 1e-3, 4.0, 200.0])
+def test_bernoulli_nll_of_many_draws_is_that_of_each(size, dtype, rtol):
+    """Against the cross-entropy in float64, with gradients, also where the logits are zero."""
+    x = torch.cat((torch.rand(3, 1, 28, 28), torch.randint(0, 2, (2, 1, 28, 28)).double()))
+    logits = (size * torch.randn(7, *x.shape)).to(dtype).double().requires_grad_()
+    x = x.to(dtype).double()
+    exact = bernoulli_nll(logits, x)
+    weights = torch.rand_like(exact)
+    (exact_gradient,) = torch.autograd.grad(exact, logits, weights)
+    given = logits.detach().to(dtype).requires_grad_()
+    found = _bernoulli_nll_of_many(given, x.to(dtype))
+    (gradient,) = torch.autograd.grad(found, given, weights.to(dtype))
+    # Relative to what is added up: terms of |logits| cancel where an image is predicted well.
+    scale = (logits.abs().flatten(2).sum(-1) + exact).detach()
+    assert ((found - exact).abs() <= rtol * scale).all()
+    torch.testing.assert_close(gradient, exact_gradient.to(dtype), rtol=10 * rtol, atol=rtol)
+    with torch.no_grad():
+        assert torch.equal(_bernoulli_nll_of_many(given, x.to(dtype)), found)
+        torch.testing.assert_close(given.double(), logits, rtol=0, atol=0)
 
 
 def test_importance_weighted_nll_does_not_depend_on_the_chunks():
