@@ -37,8 +37,8 @@ figures: $(READY)  ## redraw figures/ from the committed records
 	printf '%s\n' 04_published_code 06_paper_figures 07_which_posterior | OMP_NUM_THREADS=1 xargs -P 3 -I {} \
 	    $(BIN)/python tools/notebooks.py run runs/executed/{}.ipynb notebooks/{}.ipynb -p save_to figures
 
-benchmark: $(READY)  ## time sampler, densities and training into data/results/speed.json (with Pythae: pip install -e '.[pythae]')
-	$(BIN)/python tools/benchmark.py $(ARGS)
+benchmark: $(READY)  ## time draws, densities and training into data/results/speed.json (with Pythae: pip install -e '.[pythae]')
+	$(BIN)/python -m tools.benchmark $(ARGS)
 
 book: $(READY)  ## README, notebooks and docstrings as a site, in runs/book/site
 	$(PIP) -e '.[book]'
