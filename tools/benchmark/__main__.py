@@ -22,14 +22,13 @@ from rhovae.study.records import write_whole
 from . import clock, conditioning, densities, draws, scans, training
 
 WIDTHS = [(128, 5), (128, 20), (128, 64), (128, 256), (128, 1024)]
-BATCHES = [(8, 20), (32, 20), (512, 20), (2048, 20)]
 LONG = [(16, 1_000), (16, 3_162), (16, 10_000), (16, 31_623), (16, 100_000)]
 
 
 def comparisons(folder: str) -> Iterator[tuple[dict, Callable[[], clock.Calls]]]:
     """What is compared at which size, as labels and a function that makes the candidates."""
     for what, make, sizes in (
-        ("draw", draws.functions, WIDTHS + BATCHES + LONG),
+        ("draw", draws.functions, WIDTHS + LONG),
         ("rsample", draws.families, WIDTHS),
         ("condition", conditioning.conditioning, [(128, 1_000)]),
         ("log_prob", partial(densities.densities, "log_prob"), WIDTHS[1:4]),
