@@ -41,6 +41,7 @@ def comparisons(folder: str) -> Iterator[tuple[dict, Callable[[], clock.Calls]]]
         label = {"what": "training", "batch": 128, "latent": latent, "steps": training.STEPS}
         yield label, partial(training.steps, latent, latent == 20, folder)
     yield {"what": "optimizer", "batch": 128, "latent": 20}, training.optimizers
+    yield {"what": "likelihood", "batch": 128}, training.likelihoods
     yield {"what": "limits"}, scans.limits
 
 

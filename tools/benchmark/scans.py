@@ -59,10 +59,6 @@ def scans(batch: int, latent: int) -> Calls:
 
 
 def limits() -> Calls:
-    """What the machine can do: 64 MiB copied, and a product of two 1024 x 1024 matrices."""
+    """What the machine can do: 64 MiB read, and written elsewhere."""
     source, target = torch.randn(2**24), torch.empty(2**24)
-    a, b, c = torch.randn(3, 1024, 1024)
-    return {
-        "copy of 64 MiB": lambda: target.copy_(source),
-        "product": lambda: torch.mm(a, b, out=c),
-    }
+    return {"copy of 64 MiB": lambda: target.copy_(source)}

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -16,7 +17,12 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
 from rhovae import VAE, kernels
-from rhovae.objectives import negative_elbo, standard_normal_like
+from rhovae.objectives import (
+    _bernoulli_nll_of_many,
+    bernoulli_nll,
+    negative_elbo,
+    standard_normal_like,
+)
 from rhovae.study import Experiment
 from rhovae.study.experiments import build_vae
 from rhovae.study.training import batch_loss, train_epoch
@@ -170,6 +176,14 @@ def optimizers() -> Calls:
             parameter.grad = torch.randn_like(parameter)
         calls[name] = torch.optim.Adam(vae.parameters(), lr=1e-3, **how).step
     return calls
+
+
+@torch.no_grad()
+def likelihoods(draws: int = 40) -> Calls:
+    """-log p(x|z) of draws of a batch, as in training and as in the importance-weighted bound."""
+    logits, x = torch.randn(draws, 128, 1, 28, 28), torch.rand(128, 1, 28, 28)
+    kinds = {"cross-entropy": bernoulli_nll, "ours": _bernoulli_nll_of_many}
+    return {name: partial(nll, logits, x) for name, nll in kinds.items()}
 
 
 GROUPS = {
