@@ -49,7 +49,7 @@ def _bernoulli_nll_of_many(logits: Tensor, x: Tensor) -> Tensor:
     """
     pixels, image = logits.flatten(2), x.flatten(1)
     size = pixels.abs()
-    linear = size.sum(-1) / 2 - torch.linalg.vecdot(pixels, image - 0.5)
+    linear: Tensor = size.sum(-1) / 2 - torch.linalg.vecdot(pixels, image - 0.5)
     return linear - size.sigmoid_().log().sum(-1)
 
 

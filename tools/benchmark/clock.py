@@ -29,7 +29,7 @@ def measure(calls: Calls, seconds: float) -> dict[str, dict]:
     }
     times = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 7:
+    while calls and (time.perf_counter() < end or min(map(len, times.values())) < 7):
         for name, call in calls.items():
             times[name].append(turn(call, repeats[name]))
     return {
@@ -51,7 +51,7 @@ def with_gradient(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[
 
 
 def show(label: dict, times: dict[str, dict]) -> None:
-    reference = "ours" if "ours" in times else next(iter(times))
+    reference = "ours" if "ours" in times else next(iter(times), None)
     print(", ".join(f"{key} {value}" for key, value in label.items()), f"(x {reference})")
     for name, t in times.items():
         ratio = t["best"] / times[reference]["best"]

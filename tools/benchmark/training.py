@@ -154,15 +154,17 @@ def floor(latent: int) -> Callable[[], None]:
 def steps(latent: int, everything: bool, folder: str) -> Calls:
     calls = {name: our_steps(*how, latent) for name, how in POSTERIORS.items()}
     if everything:
-        if shutil.which(os.environ.get("CXX", "g++")):
-            for name in ("diagonal", "AR(1)"):
-                posterior, _ = POSTERIORS[name]
-                calls[f"{name}, torch.compile"] = our_steps(posterior, True, latent, compiled=True)
         calls["published pipeline"] = published_steps(latent)
         if find_spec("pythae"):
             calls["Pythae"] = pythae_steps(latent, folder)
         calls["floor"] = floor(latent)
     return calls
+
+
+def compiled_steps(latent: int) -> Calls:
+    """By torch.compile, where there is a C++ compiler. To be measured last: see `comparisons`."""
+    names = ("diagonal", "AR(1)") if shutil.which(os.environ.get("CXX", "g++")) else ()
+    return {name: our_steps(*POSTERIORS[name], latent, compiled=True) for name in names}
 
 
 def optimizers() -> Calls:
