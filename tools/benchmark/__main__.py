@@ -43,7 +43,7 @@ def comparisons(folder: str) -> Iterator[tuple[dict, Callable[[], clock.Calls]]]
     yield {"what": "optimizer", "batch": 128, "latent": 20}, training.optimizers
     yield {"what": "likelihood", "batch": 128}, training.likelihoods
     yield {"what": "limits"}, scans.limits
-    # Last, as torch's own log1p is ten times as fast in a process that has used torch.compile.
+    # Last, and the profiler after it: either makes torch's log1p faster for the rest of a process.
     label = {"what": "torch.compile", "batch": 128, "latent": 20, "steps": training.STEPS}
     yield label, partial(training.compiled_steps, 20)
 
@@ -72,14 +72,14 @@ def main() -> None:
         "environment": environment(torch.device("cpu")),
         "comparisons": [],
     }
-    if arguments.only in ("", "training"):
-        record["profile"] = {name: training.time_by_kind(name) for name in training.POSTERIORS}
     with TemporaryDirectory() as folder:
         for label, make in comparisons(folder):
             if arguments.only in ("", label["what"]):
                 times = clock.measure(make(), arguments.seconds)
                 record["comparisons"].append(label | {"milliseconds": times})
                 clock.show(label, times)
+    if arguments.only in ("", "training"):
+        record["profile"] = {name: training.time_by_kind(name) for name in training.POSTERIORS}
     if save:
         write_whole(save, (json.dumps(record, indent=1) + "\n").encode())
 
