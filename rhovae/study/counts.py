@@ -1,0 +1,377 @@
+"""Counts driven by a latent AR(1): which Gaussian posterior finds its time constant? notebooks/10
+
+    y_t ~ Poisson(exp(rate + z_t)),    z a stationary AR(1), standard deviation `scale`,
+                                       correlation exp(-|t - s| / time_constant)
+
+The bound needs no draws, as E_q exp(z_t) = exp(m_t + v_t / 2). Every family has free parameters for
+each series; they, the time constant, the scale and the rate are maximised together.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from .. import AR1Normal, ar1
+
+FAMILIES = ("diagonal", "whitened", "karhunen-loeve", "ar1", "stepped", "sites", "full")
+
+
+class Belief(NamedTuple):
+    """What the bound needs of a Gaussian posterior of z, for each series."""
+
+    mean: Tensor  # (series, steps)
+    variance: Tensor  # (series, steps)
+    kl: Tensor  # to the prior, nats, (series,)
+    covariance: Callable[[], Tensor]  # dense, (series, steps, steps)
+
+
+def ar1_prior(time_constant: Tensor, scale: Tensor, steps: int) -> AR1Normal:
+    """The stationary AR(1) over `steps` unit steps, batch shape ().          (10.9), notebooks/10
+
+    With x = 1 / time_constant, rho = exp(-x), and its Fisher z without a difference of near numbers
+    is (log1p(exp(-x)) - log(-expm1(-x))) / 2.
+    """
+    x = 1 / time_constant
+    fisher_z = (torch.log1p(torch.exp(-x)) - torch.log(-torch.expm1(-x))) / 2
+    return AR1Normal(
+        x.new_zeros(steps), scale.reshape(1), fisher_z=fisher_z.reshape(1), validate_args=False
+    )
+
+
+def simulate(
+    time_constant: float, rate: float, seed: int, scale: float = 1.0, series: int = 32,
+    steps: int = 300,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Counts and the log-rates behind them, each (series, steps), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    tau, sd = (torch.tensor(v, dtype=torch.float64) for v in (time_constant, scale))
+    prior = ar1_prior(tau, sd, steps)
+    noise = torch.randn(series, steps, generator=generator, dtype=torch.float64)
+    log_rate = rate + sd * ar1.correlate(noise, prior.rho, prior._innovation)
+    return torch.poisson(log_rate.exp(), generator=generator), log_rate
+
+
+def expected_log_likelihood(counts: Tensor, rate: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """E_q log p(y | z), nats per series.                                     (10.10), notebooks/10
+
+    sum_t y_t (rate + m_t) - exp(rate + m_t + v_t / 2) - log y_t!
+
+    Args:
+        counts: (series, steps); NaN where nothing was observed.
+        rate: mean of the log-rate, shape ().
+        mean, variance: of z_t under q, (series, steps).
+    Returns:
+        Shape (series,).
+    """
+    seen = ~counts.isnan()
+    y, log_rate = counts.where(seen, counts.new_zeros(())), rate + mean
+    terms = y * log_rate - torch.exp(log_rate + variance / 2) - torch.lgamma(y + 1)
+    return terms.where(seen, terms.new_zeros(())).sum(-1)
+
+
+def start(family: str, prior: AR1Normal, series: int) -> dict[str, Tensor]:
+    """Free parameters of a family with which every series' posterior is the prior.
+
+    In `diagonal` it is the prior's marginals, as the prior is no member.
+    """
+    steps = prior.event_shape[0]
+    flat = prior.loc.new_zeros(series, steps)
+    fisher_z, log_scale = prior.fisher_z.detach(), prior.scale.detach().log()
+    if family == "diagonal":
+        return {"mean": flat, "log_scale": flat + log_scale}
+    if family in ("whitened", "karhunen-loeve"):
+        return {"mean": flat, "log_ratio": flat}
+    if family == "ar1":
+        return {"mean": flat, "log_scale": flat[:, :1] + log_scale,
+                "fisher_z": flat[:, :1] + fisher_z}  # fmt: skip
+    if family == "stepped":
+        return {"mean": flat, "log_scale": flat + log_scale, "fisher_z": flat[:, 1:] + fisher_z}
+    if family == "sites":
+        # A tenth of the prior's precision, observed at the prior's mean: near the prior.
+        return {"log_weight": flat - 2 * log_scale + math.log(0.1), "weighted_value": flat}
+    if family == "full":
+        factor = prior.scale_tril.detach()
+        rows, columns = torch.tril_indices(steps, steps, -1)
+        return {
+            "mean": flat,
+            "log_diagonal": flat + factor.diagonal().log(),
+            "below": factor[rows, columns].expand(series, -1),
+        }
+    raise ValueError(f"There is no family {family!r}; choose from {', '.join(FAMILIES)}.")
+
+
+def belief(family: str, free: dict[str, Tensor], prior: AR1Normal) -> Belief:
+    """The posterior that a family's free parameters stand for."""
+    if family in ("whitened", "karhunen-loeve"):
+        return _in_a_basis(family, free, prior)
+    if family == "sites":
+        weight = free["log_weight"].exp()
+        q = prior.condition(free["weighted_value"] / weight, precision=weight)
+    elif family == "full":
+        steps = free["mean"].shape[-1]
+        rows, columns = torch.tril_indices(steps, steps, -1)
+        factor = free["log_diagonal"].exp().diag_embed()
+        factor[:, rows, columns] = free["below"]
+        q = MultivariateNormal(free["mean"], scale_tril=factor, validate_args=False)
+    else:
+        fisher_z = free.get("fisher_z", free["mean"].new_zeros(1))
+        q = AR1Normal(
+            free["mean"], free["log_scale"].exp(), fisher_z=fisher_z, validate_args=False
+        )
+    return Belief(q.mean, q.variance, kl_divergence(q, prior), lambda: q.covariance_matrix)
+
+
+def _in_a_basis(family: str, free: dict[str, Tensor], prior: AR1Normal) -> Belief:
+    """Independent coefficients in a basis in which the prior is white: z = mean + B sqrt(r) e.
+
+    B B^T is the prior's covariance and r the ratio of variances of posterior and prior. B is the
+    Cholesky factor (whitened), or the eigenvectors times the root of their eigenvalues.
+    """
+    ratio = free["log_ratio"].exp()
+    if family == "whitened":  # the squares of B's entries run along the chain as B's own do
+        shares = ratio * prior.scale.square()
+        fresh = torch.cat((shares[:, :1], prior._innovation.square() * shares[:, 1:]), -1)
+        variance = ar1.scan(fresh, prior.rho.square())
+        basis = lambda: prior.scale_tril  # noqa: E731
+    else:
+        values, vectors = torch.linalg.eigh(prior.precision_matrix)
+        matrix = vectors / values.sqrt()
+        variance = ratio @ matrix.square().mT
+        basis = lambda: matrix  # noqa: E731
+    whitened = ar1.whiten(free["mean"] / prior.scale, prior.rho, prior._innovation)
+    kl = (ratio - 1 - free["log_ratio"] + whitened.square()).sum(-1) / 2
+    return Belief(
+        free["mean"], variance, kl, lambda: basis() * ratio.unsqueeze(-2) @ basis().mT
+    )
+
+
+class Fit(NamedTuple):
+    """Where the bound is largest."""
+
+    time_constant: float
+    scale: float
+    rate: float
+    bound: float  # nats per step
+    belief: Belief
+    prior: AR1Normal
+    free: dict[str, Tensor]
+    convergence: dict
+
+
+def fit(
+    counts: Tensor,
+    family: str,
+    first: tuple[float, ...] = (20.0, 0.5),
+    learn: bool = True,
+    iterations: int = 3000,
+    tolerance: float = 1e-3,
+) -> Fit:
+    """Maximise the bound over time constant, scale, rate and every series' posterior, by L-BFGS.
+
+    Args:
+        counts: (series, steps), float64.
+        family: one of FAMILIES.
+        first: time constant and scale to start from, and rate, else the log of the mean count.
+        learn: whether these three move at all.
+        iterations: at most so many of L-BFGS.
+        tolerance: largest entry of the gradient of the whole bound, nats, to stop at.
+    """
+    series, steps = counts.shape
+    time_constant, scale, *rate = first
+    rate = rate[0] if rate else counts.nanmean().log().item()
+    centre = torch.tensor([math.log(time_constant), math.log(scale), rate], dtype=counts.dtype)
+    first_free = start(family, ar1_prior(centre[0].exp(), centre[1].exp(), steps), series)
+    # What many counts pull at bends the bound more: in smaller units it does so as the rest does.
+    unit = torch.tensor([0.1, 0.03, 0.01], dtype=counts.dtype)
+    units = {n: min(1.0, (v.shape[-1] / steps) ** 0.5) for n, v in first_free.items()}
+    moved = torch.zeros(3, dtype=counts.dtype, requires_grad=learn)
+    moves = {name: torch.zeros_like(v).requires_grad_() for name, v in first_free.items()}
+    values = [*moves.values(), *([moved] if learn else [])]
+    optimizer = torch.optim.LBFGS(
+        values, max_iter=iterations, max_eval=2 * iterations, history_size=20,
+        tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+    trace = []
+
+    def model() -> tuple[Belief, Tensor, AR1Normal, dict[str, Tensor]]:
+        log_time_constant, log_scale, rate = centre + unit * moved
+        prior = ar1_prior(log_time_constant.exp(), log_scale.exp(), steps)
+        free = {name: v + units[name] * moves[name] for name, v in first_free.items()}
+        q = belief(family, free, prior)
+        bound = expected_log_likelihood(counts, rate, q.mean, q.variance) - q.kl
+        return q, bound, prior, free
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -model()[1].sum()
+        value.backward()
+        trace.append(value.item())
+        return value
+
+    begin = time.perf_counter()
+    optimizer.step(loss)
+    seconds = time.perf_counter() - begin
+    gradient = max(value.grad.abs().max().item() for value in values)
+    with torch.no_grad():
+        q, bound, prior, free = model()
+        time_constant, scale, rate = (centre + unit * moved).tolist()
+    convergence = {
+        "largest_gradient": gradient,
+        "iterations": optimizer.state[values[0]]["n_iter"],
+        "evaluations": len(trace),
+        "last_change": abs(trace[-1] - trace[max(0, len(trace) - 10)]) / counts.numel(),
+        "optimisation_s": round(seconds, 2),
+    }
+    return Fit(math.exp(time_constant), math.exp(scale), rate, bound.sum().item() / counts.numel(),
+               q, prior, free, convergence)  # fmt: skip
+
+
+def coverage(q: Belief, rate: float, log_rate: Tensor, window: int = 50) -> tuple[float, float]:
+    """How often 90 % intervals of q hold the mean log-rate over `window` steps, and their width.
+
+    The windows do not overlap. Time constant, scale and rate are taken as learned: the intervals
+    know nothing of the error of those.
+    """
+    series, steps = log_rate.shape
+    windows = steps // window
+    average = torch.zeros(windows, steps, dtype=log_rate.dtype)
+    for i in range(windows):
+        average[i, i * window : (i + 1) * window] = 1 / window
+    half = 1.6448536269514722 * ((average @ q.covariance()) * average).sum(-1).sqrt()
+    error = (rate + q.mean - log_rate) @ average.mT
+    return (error.abs() < half).double().mean().item(), 2 * half.mean().item()
+
+
+def maximum_likelihood(
+    counts: Tensor, log_rate: Tensor, draws: int = 4000, rounds: int = 3, seed: int = 0
+) -> dict:
+    """Time constant, scale and rate of the largest likelihood, by importance sampling.
+
+    log p(y) = log E_q[p(y | z) p(z) / q(z)], q the best chain at the parameters of the round
+    before. The draws of a round are fixed, and reach the parameters through few sums; so the
+    estimate is a smooth function, maximised exactly.
+
+    Returns:
+        Like `run`, with the effective number of draws of the worst and the median series.
+    """
+    found = fit(counts, "stepped")
+    theta = torch.tensor([math.log(found.time_constant), math.log(found.scale), found.rate])
+    theta = theta.to(counts)
+    for _ in range(rounds):
+        first = (theta[0].exp().item(), theta[1].exp().item(), theta[2].item())
+        q = chain_of(fit(counts, "stepped", first, learn=False))
+        sums = _sums_of_draws(counts, q, draws, seed)
+        theta = theta.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [theta], max_iter=200, tolerance_grad=1e-6, tolerance_change=0,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
+
+        def loss(theta=theta, sums=sums, optimizer=optimizer) -> Tensor:
+            optimizer.zero_grad()
+            log_weights = _log_weights(counts, theta, sums)
+            value = -(log_weights.logsumexp(1) - math.log(draws)).sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        theta = theta.detach()
+    log_weights = _log_weights(counts, theta, sums)
+    weights = log_weights.softmax(1)
+    effective = 1 / weights.square().sum(1)
+    evidence = (log_weights.logsumexp(1) - math.log(draws)).sum().item() / counts.numel()
+    windows = log_rate.unflatten(-1, (-1, 50)).mean(-1)
+    order = sums["windows"].sort(1)
+    share = weights.unsqueeze(-1).expand_as(order.indices).gather(1, order.indices).cumsum(1)
+    low, high = (
+        order.values.gather(1, (share < level).sum(1, keepdim=True)).squeeze(1) + theta[2]
+        for level in (0.05, 0.95)
+    )
+    return {
+        "time_constant": theta[0].exp().item(),
+        "scale": theta[1].exp().item(),
+        "rate": theta[2].item(),
+        "bound_per_step": evidence,
+        "coverage": ((low < windows) & (windows < high)).double().mean().item(),
+        "width": (high - low).mean().item(),
+        "effective_draws": [effective.min().item(), effective.median().item()],
+        "draws": draws,
+    }
+
+
+def chain_of(found: Fit) -> AR1Normal:
+    """The posterior of a fit of the family `stepped` as a distribution, batch shape (series,)."""
+    free = found.free
+    return AR1Normal(free["mean"], free["log_scale"].exp(), fisher_z=free["fisher_z"])
+
+
+def _sums_of_draws(counts: Tensor, q: AR1Normal, draws: int, seed: int) -> dict[str, Tensor]:
+    """What log p(y, z) - log q(z) depends on, for draws of q: each (series, draws)."""
+    generator = torch.Generator().manual_seed(seed)
+    series, steps = counts.shape
+    sums = []
+    for chosen in torch.arange(draws).split(500):  # all draws at once would fill the memory
+        noise = torch.randn(
+            len(chosen), series, steps, generator=generator, dtype=counts.dtype
+        )
+        z = q.loc + q.scale * ar1.correlate(noise, q.rho, q._innovation)
+        ends = z[..., 0].square() + z[..., -1].square()
+        sums.append({
+            "log_q": q.log_prob(z),
+            "counts": (counts * z).sum(-1),
+            "rates": z.exp().sum(-1),
+            "ends": ends,
+            "squares": z[..., 1:-1].square().sum(-1),
+            "products": (z[..., 1:] * z[..., :-1]).sum(-1),
+            "windows": z.unflatten(-1, (-1, 50)).mean(-1),
+        })  # fmt: skip
+    return {name: torch.cat([part[name] for part in sums]).transpose(0, 1) for name in sums[0]}
+
+
+def _log_weights(counts: Tensor, theta: Tensor, sums: dict[str, Tensor]) -> Tensor:
+    """log p(y, z) - log q(z), nats, (series, draws)."""
+    steps = counts.shape[-1]
+    prior = ar1_prior(theta[0].exp(), theta[1].exp(), steps)
+    rho, variance, rate = prior.rho, prior.scale.square(), theta[2]
+    squares = sums["ends"] + (1 + rho.square()) * sums["squares"] - 2 * rho * sums["products"]
+    log_prior = -squares / (2 * variance * prior._innovation.square())
+    log_prior = log_prior - prior._half_log_det - steps / 2 * math.log(2 * math.pi)
+    constant = (rate * counts - torch.lgamma(counts + 1)).sum(-1, keepdim=True)
+    return constant + sums["counts"] - rate.exp() * sums["rates"] + log_prior - sums["log_q"]
+
+
+def run(
+    family: str, time_constant: float, rate: float, seed: int, scale: float = 1.0,
+    series: int = 32, steps: int = 300,
+) -> dict:  # fmt: skip
+    """One run of the study: what a family, or maximum likelihood, makes of one set of counts."""
+    counts, log_rate = simulate(time_constant, rate, seed, scale, series, steps)
+    if family == "maximum-likelihood":
+        return maximum_likelihood(counts, log_rate)
+    found = fit(counts, family)
+    share, width = coverage(found.belief, found.rate, log_rate)
+    return {
+        "time_constant": found.time_constant,
+        "scale": found.scale,
+        "rate": found.rate,
+        "bound_per_step": found.bound,
+        "coverage": share,
+        "width": width,
+        **found.convergence,
+    }
+
+
+def settings() -> list[dict]:
+    """Every run of the study, seed by seed, so that a part of it is a whole."""
+    return [
+        {"family": family, "time_constant": time_constant, "rate": rate, "seed": seed}
+        for seed in range(5)
+        for time_constant in (9.5, 49.5)
+        for rate in (-1.0, 1.0)
+        for family in (*FAMILIES, "maximum-likelihood")
+    ]
