@@ -358,7 +358,7 @@ def run(
 
 
 def settings() -> list[dict]:
-    """Every run of the study. Seed 0 is a whole by itself; the slow ones of the others come last."""
+    """Every run of the study: seed 0 first, as a whole, and the slow ones of other seeds last."""
     names = (*FAMILIES, "maximum-likelihood")
     runs = [
         {"family": family, "time_constant": time_constant, "rate": rate, "seed": seed}
