@@ -132,20 +132,28 @@ def _in_a_basis(family: str, free: dict[str, Tensor], prior: AR1Normal) -> Belie
     B B^T is the prior's covariance and r the ratio of variances of posterior and prior. B is the
     Cholesky factor (whitened), or the eigenvectors times the root of their eigenvalues.
     """
-    ratio = free["log_ratio"].exp()
+    ratio, unit_prior = free["log_ratio"].exp(), _one_of(prior)
     if family == "whitened":  # the squares of B's entries run along the chain as B's own do
-        shares = ratio * prior.scale.square()
-        fresh = torch.cat((shares[:, :1], prior._innovation.square() * shares[:, 1:]), -1)
+        fresh = torch.cat((ratio[:, :1], prior._innovation.square() * ratio[:, 1:]), -1)
         variance = ar1.scan(fresh, prior.rho.square())
-        basis = lambda: prior.scale_tril[0]  # noqa: E731
+        basis = lambda: unit_prior.scale_tril  # noqa: E731
     else:
-        values, vectors = torch.linalg.eigh(prior.precision_matrix[0])
+        values, vectors = torch.linalg.eigh(unit_prior.precision_matrix)
         matrix = vectors / values.sqrt()
         variance = ratio @ matrix.square().mT
         basis = lambda: matrix  # noqa: E731
     whitened = ar1.whiten(free["mean"] / prior.scale, prior.rho, prior._innovation)
     kl = (ratio - 1 - free["log_ratio"] + whitened.square()).sum(-1) / 2
-    return Belief(free["mean"], variance, kl, lambda: basis() * ratio.unsqueeze(-2) @ basis().mT)
+
+    def covariance() -> Tensor:
+        return prior.scale.square().unsqueeze(-1) * (basis() * ratio.unsqueeze(-2) @ basis().mT)
+
+    return Belief(free["mean"], prior.scale.square() * variance, kl, covariance)
+
+
+def _one_of(prior: AR1Normal) -> AR1Normal:
+    """With standard deviation 1 and batch shape (), as the time constant is one for all series."""
+    return AR1Normal(prior.loc[0], 1.0, fisher_z=prior.fisher_z[0], validate_args=False)
 
 
 class Fit(NamedTuple):
@@ -159,6 +167,45 @@ class Fit(NamedTuple):
     prior: AR1Normal
     free: dict[str, Tensor]
     convergence: dict
+
+
+def ascend(
+    values: list[Tensor],
+    objective: Callable[[], Tensor],
+    iterations: int = 3000,
+    tolerance: float = 1e-3,
+) -> dict:
+    """Move values to where the objective is largest, by L-BFGS.
+
+    Args:
+        iterations: at most so many.
+        tolerance: the largest entry of the gradient to stop at.
+    Returns:
+        How well it has converged: the largest entry of the gradient, iterations, evaluations, what
+        the last ten of these have changed, and seconds.
+    """
+    optimizer = torch.optim.LBFGS(
+        values, max_iter=iterations, max_eval=2 * iterations, tolerance_grad=tolerance,
+        tolerance_change=0, history_size=20, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+    trace = []
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -objective()
+        value.backward()
+        trace.append(value.item())
+        return value
+
+    begin = time.perf_counter()
+    optimizer.step(loss)
+    return {
+        "largest_gradient": max(value.grad.abs().max().item() for value in values),
+        "iterations": optimizer.state[values[0]]["n_iter"],
+        "evaluations": len(trace),
+        "last_change": abs(trace[-1] - trace[max(0, len(trace) - 10)]),
+        "optimisation_s": round(time.perf_counter() - begin, 2),
+    }
 
 
 def fit(
@@ -189,12 +236,6 @@ def fit(
     units = {n: min(1.0, (v.shape[-1] / steps) ** 0.5) for n, v in first_free.items()}
     moved = torch.zeros(3, dtype=counts.dtype, requires_grad=learn)
     moves = {name: torch.zeros_like(v).requires_grad_() for name, v in first_free.items()}
-    values = [*moves.values(), *([moved] if learn else [])]
-    optimizer = torch.optim.LBFGS(
-        values, max_iter=iterations, max_eval=2 * iterations, tolerance_grad=tolerance,
-        tolerance_change=0, history_size=20, line_search_fn="strong_wolfe",
-    )  # fmt: skip
-    trace = []
 
     def model() -> tuple[Belief, Tensor, AR1Normal, dict[str, Tensor]]:
         log_time_constant, log_scale, rate = centre + unit * moved
@@ -204,27 +245,16 @@ def fit(
         bound = expected_log_likelihood(counts, rate, q.mean, q.variance) - q.kl
         return q, bound, prior, free
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = -model()[1].sum()
-        value.backward()
-        trace.append(value.item())
-        return value
-
-    begin = time.perf_counter()
-    optimizer.step(loss)
-    seconds = time.perf_counter() - begin
-    gradient = max(value.grad.abs().max().item() for value in values)
+    convergence = ascend(
+        [*moves.values(), *([moved] if learn else [])],
+        lambda: model()[1].sum(),
+        iterations=iterations,
+        tolerance=tolerance,
+    )
+    convergence["last_change"] /= counts.numel()
     with torch.no_grad():
         q, bound, prior, free = model()
         time_constant, scale, rate = (centre + unit * moved).tolist()
-    convergence = {
-        "largest_gradient": gradient,
-        "iterations": optimizer.state[values[0]]["n_iter"],
-        "evaluations": len(trace),
-        "last_change": abs(trace[-1] - trace[max(0, len(trace) - 10)]) / counts.numel(),
-        "optimisation_s": round(seconds, 2),
-    }
     return Fit(math.exp(time_constant), math.exp(scale), rate, bound.sum().item() / counts.numel(),
                q, prior, free, convergence)  # fmt: skip
 
@@ -260,30 +290,21 @@ def maximum_likelihood(
     found = fit(counts, "sites")
     theta = torch.tensor([math.log(found.time_constant), math.log(found.scale), found.rate])
     theta = theta.to(counts)
+
+    def evidence(theta: Tensor, sums: dict[str, Tensor]) -> Tensor:
+        return (_log_weights(counts, theta, sums).logsumexp(1) - math.log(draws)).sum()
+
     for _ in range(rounds):
         first = (theta[0].exp().item(), theta[1].exp().item(), theta[2].item())
         found = fit(counts, "sites", first, learn=False)
         q = posterior("sites", found.free, found.prior)
         sums = _sums_of_draws(counts, q, draws, seed)
         theta = theta.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [theta], max_iter=200, tolerance_grad=1e-6, tolerance_change=0,
-            line_search_fn="strong_wolfe",
-        )  # fmt: skip
-
-        def loss(theta=theta, sums=sums, optimizer=optimizer) -> Tensor:
-            optimizer.zero_grad()
-            log_weights = _log_weights(counts, theta, sums)
-            value = -(log_weights.logsumexp(1) - math.log(draws)).sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
+        ascend([theta], lambda theta=theta, sums=sums: evidence(theta, sums), tolerance=1e-6)
         theta = theta.detach()
     log_weights = _log_weights(counts, theta, sums)
     weights = log_weights.softmax(1)
     effective = 1 / weights.square().sum(1)
-    evidence = (log_weights.logsumexp(1) - math.log(draws)).sum().item() / counts.numel()
     windows = log_rate.unflatten(-1, (-1, 50)).mean(-1)
     order = sums["windows"].sort(1)
     share = weights.unsqueeze(-1).expand_as(order.indices).gather(1, order.indices).cumsum(1)
@@ -295,7 +316,7 @@ def maximum_likelihood(
         "time_constant": theta[0].exp().item(),
         "scale": theta[1].exp().item(),
         "rate": theta[2].item(),
-        "bound_per_step": evidence,
+        "bound_per_step": evidence(theta, sums).item() / counts.numel(),
         "coverage": ((low < windows) & (windows < high)).double().mean().item(),
         "width": (high - low).mean().item(),
         "effective_draws": [effective.min().item(), effective.median().item()],
