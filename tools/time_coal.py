@@ -1,25 +1,31 @@
-"""Make data/results/time/coal.json, part by part: python tools/time_coal.py [nuts sites diagonal ...]
+"""Make data/results/time/coal.json, part by part: python tools/time_coal.py [nuts chain ...]
 
-The posterior of the coal-mining disasters by Pyro's NUTS and by families of Gaussians (notebook 10).
-Parts that are there already are left as they are.
+The posterior of the coal-mining disasters by Pyro's NUTS and by each family (notebook 10). Parts
+that are there already are left as they are.
 """
 
 import argparse
 import json
 import time
-import warnings
 
 import torch
 from torch import Tensor
 from torch.distributions import Poisson
 
-from rhovae.study.coal import PRIORS, WITHHELD, load_disasters, nuts, posterior_on_a_grid, rates_of
+from rhovae.study.coal import (
+    FAMILIES,
+    PRIORS,
+    WITHHELD,
+    load_disasters,
+    nuts,
+    posterior_on_a_grid,
+    rates_of,
+)
 from rhovae.study.data import DATA_FOLDER
 from rhovae.study.provenance import environment
 from rhovae.study.records import write_whole
 
 PATH = DATA_FOLDER / "results" / "time" / "coal.json"
-FAMILIES = ("sites", "diagonal", "karhunen-loeve", "ar1", "whitened", "stepped")
 LEVELS = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
 
 
@@ -51,7 +57,7 @@ def by_family(family: str) -> dict:
         },
         "rates": by_year(rates_of(grid)),
         "log_evidence": grid.log_evidence,
-        "largest_gradient": grid.largest_gradient,
+        "last_change": grid.last_change,
         "points": len(grid.weight),
         "heaviest_point": grid.weight.max().item(),
     }
@@ -60,7 +66,6 @@ def by_family(family: str) -> dict:
 def by_nuts() -> dict:
     from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 
-    warnings.filterwarnings("ignore", message=".*torch.jit.trace", category=FutureWarning)
     found = nuts(load_disasters()[2])
     names = [*PRIORS, "log_rate"]
     return {
@@ -75,7 +80,7 @@ def by_nuts() -> dict:
 
 
 def summary(values: Tensor, weight: Tensor | None = None) -> dict:
-    """Mean, standard deviation and percentiles 1 to 99 of draws, or of weighted points of a grid."""
+    """Mean, standard deviation and percentiles 1 to 99, of draws or of the points of a grid."""
     if weight is None:
         mean, deviation = values.mean(), values.std()
         percentiles = values.quantile(LEVELS.to(values))
