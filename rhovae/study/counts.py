@@ -276,16 +276,17 @@ def coverage(q: Belief, rate: float, log_rate: Tensor, window: int = 50) -> tupl
 
 
 def maximum_likelihood(
-    counts: Tensor, log_rate: Tensor, draws: int = 2000, rounds: int = 2, seed: int = 10_000
+    counts: Tensor, log_rate: Tensor, draws: int = 2000, enough: int = 100, seed: int = 10_000
 ) -> dict:
     """Time constant, scale and rate of the largest likelihood, by importance sampling.
 
-    log p(y) = log E_q[p(y | z) p(z) / q(z)], q the best chain at the parameters where the bound is
-    largest (or, in further rounds, at those of the round before). The draws of a round are fixed,
-    and reach the parameters through few sums; so the estimate is a smooth function, maximised
-    exactly.
+    log p(y) = log E_q[p(y | z) p(z) / q(z)], q the best chain at the parameters of the round
+    before, in the first round where the bound is largest. The draws of a round are fixed, and reach
+    the parameters through few sums; so the estimate is a smooth function, maximised exactly. Far
+    from where q was made it is poor: rounds go on until the weights are even enough.
 
     Args:
+        enough: effective number of draws that every series must have in the end.
         seed: of the draws. Not that of the counts: noise that made them would come back in a draw,
             which then fits better than any draw of q should.
     Returns:
@@ -298,18 +299,19 @@ def maximum_likelihood(
     def evidence(theta: Tensor, sums: dict[str, Tensor]) -> Tensor:
         return (_log_weights(counts, theta, sums).logsumexp(1) - math.log(draws)).sum()
 
-    for again in range(rounds):
-        if again:
+    for rounds in range(1, 11):
+        if rounds > 1:
             first = (theta[0].exp().item(), theta[1].exp().item(), theta[2].item())
             found = fit(counts, "stepped", first, learn=False)
         q = posterior("stepped", found.free, found.prior)
-        sums = _sums_of_draws(counts, q, draws, seed)
+        sums = _sums_of_draws(counts, q, draws, seed + 1000 * rounds)
         theta = theta.clone().requires_grad_()
         ascend([theta], lambda theta=theta, sums=sums: evidence(theta, sums), tolerance=1e-6)
         theta = theta.detach()
-    log_weights = _log_weights(counts, theta, sums)
-    weights = log_weights.softmax(1)
-    effective = 1 / weights.square().sum(1)
+        weights = _log_weights(counts, theta, sums).softmax(1)
+        effective = 1 / weights.square().sum(1)
+        if rounds > 1 and effective.min() > enough:
+            break
     windows = log_rate.unflatten(-1, (-1, 50)).mean(-1)
     order = sums["windows"].sort(1)
     share = weights.unsqueeze(-1).expand_as(order.indices).gather(1, order.indices).cumsum(1)
@@ -326,6 +328,7 @@ def maximum_likelihood(
         "width": (high - low).mean().item(),
         "effective_draws": [effective.min().item(), effective.median().item()],
         "draws": draws,
+        "rounds": rounds,
     }
 
 
