@@ -1,0 +1,41 @@
+"""Make the records of the learned deconvolution (notebook 10, Section 10.4); it can be stopped.
+
+    python tools/time_deconvolution.py prices     what the exact model predicts, 24 minimisations
+    python tools/time_deconvolution.py            the 180 runs, all of one seed before the next
+"""
+
+import argparse
+from itertools import product
+
+import torch
+
+from rhovae.study import deconvolution
+from rhovae.study.data import DATA_FOLDER
+from rhovae.study.deconvolution import DECODERS, FAMILIES, MISSING, STARTS
+from rhovae.study.lines import run_missing
+
+FOLDER = DATA_FOLDER / "results" / "time"
+PRICES = [
+    {"decoder": decoder, "missing": missing, "start": start}
+    for missing, decoder in product(MISSING, DECODERS)
+    for start in (STARTS if decoder == "dense" else STARTS[:1])
+]
+RUNS = [
+    {"decoder": decoder, "missing": missing, "posterior": posterior, "seed": seed}
+    for seed, missing, decoder, posterior in product(range(5), MISSING, DECODERS, FAMILIES)
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("prices", "runs"), default="runs")
+    if parser.parse_args().what == "prices":
+        path = FOLDER / "deconvolution_prices.jsonl"
+        run_missing(path, PRICES, deconvolution.decoder_price)
+    else:
+        run_missing(FOLDER / "deconvolution.jsonl", RUNS, deconvolution.train)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
