@@ -1,7 +1,7 @@
 """Make the records of the learned deconvolution (notebook 10, Section 10.4); it can be stopped.
 
-    python tools/time_deconvolution.py prices     what the exact model predicts, 24 minimisations
-    python tools/time_deconvolution.py            the 180 runs, all of one seed before the next
+python tools/time_deconvolution.py prices     what the exact model predicts, 32 minimisations
+python tools/time_deconvolution.py            the 240 runs, all of one seed before the next
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rhovae.study.lines import run_missing
 FOLDER = DATA_FOLDER / "results" / "time"
 PRICES = [
     {"decoder": decoder, "missing": missing, "start": start}
-    for missing, decoder in product(MISSING, DECODERS)
+    for missing, decoder in product(MISSING, ("fixed", "turned", "convolution", "dense"))
     for start in (STARTS if decoder == "dense" else STARTS[:1])
 ]
 RUNS = [
