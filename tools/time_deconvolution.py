@@ -1,6 +1,6 @@
 """Make the records of the learned deconvolution (notebook 10, Section 10.4); it can be stopped.
 
-python tools/time_deconvolution.py prices     what the exact model predicts, 32 minimisations
+python tools/time_deconvolution.py prices     what the exact model predicts, 44 minimisations
 python tools/time_deconvolution.py            the 240 runs, all of one seed before the next
 """
 
@@ -15,10 +15,11 @@ from rhovae.study.deconvolution import DECODERS, FAMILIES, MISSING, STARTS
 from rhovae.study.lines import run_missing
 
 FOLDER = DATA_FOLDER / "results" / "time"
+SEARCHED = {"dense": STARTS, "turned": [name for name in STARTS if name != "no blur"]}
 PRICES = [
     {"decoder": decoder, "missing": missing, "start": start}
     for missing, decoder in product(MISSING, ("fixed", "turned", "convolution", "dense"))
-    for start in (STARTS if decoder == "dense" else STARTS[:1])
+    for start in SEARCHED.get(decoder, STARTS[:1])
 ]
 RUNS = [
     {"decoder": decoder, "missing": missing, "posterior": posterior, "seed": seed}

@@ -154,7 +154,7 @@ def decoder_price(decoder: str, missing: float, start: str = "truth", masks: int
     Args:
         decoder: "fixed", "turned" (the true one behind any rotation), "convolution" or "dense".
         missing: probability of a missing sample.
-        start: a name in STARTS, for the dense decoder.
+        start: a name in STARTS, for the dense decoder and the turned one.
         masks: how many to optimise over; ten times as many judge.
     Returns:
         Nats per measurement: likelihood, what the decoder gave up; price, what the family still
@@ -166,7 +166,7 @@ def decoder_price(decoder: str, missing: float, start: str = "truth", masks: int
     count = masks if missing else 1
     mask = (torch.rand(11 * count, LENGTH, generator=generator) >= missing).double()
     truth = blur(torch.tensor(TAPS, dtype=torch.float64))
-    left, singular, _ = torch.linalg.svd(truth)
+    left, singular, right = torch.linalg.svd(truth)
     random = {name: torch.randn(LENGTH, LENGTH, generator=generator) for name in STARTS[3:]}
     places = {
         "truth": truth,
@@ -178,11 +178,14 @@ def decoder_price(decoder: str, missing: float, start: str = "truth", masks: int
     free = place.clone(memory_format=torch.contiguous_format).requires_grad_(decoder != "fixed")
 
     if decoder == "turned":
-        free = (0.3 * random["random 1"].double()).requires_grad_()
+        turns = {name: torch.linalg.qr(w.double()).Q for name, w in random.items()}
+        turns |= {"truth": torch.eye(LENGTH, dtype=torch.float64), "principal axes": right.mT}
+        base, free = truth @ turns[start], 0.03 * random["random 1"].double()
+        free.requires_grad_()
 
     def weight():
         if decoder == "turned":
-            return truth @ torch.matrix_exp(free - free.T)
+            return base @ torch.matrix_exp(free - free.T)
         return blur(free) if decoder == "convolution" else free
 
     if decoder != "fixed":
@@ -306,6 +309,7 @@ def train(
     with torch.no_grad():
         exact = Measurements(*(part.double() for part in test))
         learned, truth = weight().double(), blur(torch.tensor(TAPS, dtype=torch.float64))
+        precision = posterior_precision(learned, exact.mask)
         result = {
             "negative_elbo": curve[-1],
             "nll": negative_log_evidence(learned, exact).mean().item(),
