@@ -275,8 +275,8 @@ def train(
 
     Returns:
         Nats per measurement, means over the test set: negative_elbo; nll, the evidence of the
-        learned decoder; true_nll, that of the true one; price, of the best diagonal normal at the
-        learned decoder; curve, the bound on the first 500 at five times
+        learned decoder; true_nll, that of the true one; diagonal_price, of the best diagonal
+        normal at the learned decoder; curve, the bound on the first 500 at five times
         in training (on all at the last); the learned taps.
     """
     torch.manual_seed(seed)
@@ -314,9 +314,7 @@ def train(
             "negative_elbo": curve[-1],
             "nll": negative_log_evidence(learned, exact).mean().item(),
             "true_nll": negative_log_evidence(truth, exact).mean().item(),
-            "diagonal_price": diagonal_price(posterior_precision(learned, exact.mask))
-            .mean()
-            .item(),
+            "diagonal_price": diagonal_price(precision).mean().item(),
             "curve": curve,
         }
     if decoder == "convolution":
