@@ -21,20 +21,26 @@ PRICES = [
     for missing, decoder in product(MISSING, ("fixed", "turned", "convolution", "dense"))
     for start in SEARCHED.get(decoder, STARTS[:1])
 ]
-RUNS = [
-    {"decoder": decoder, "missing": missing, "posterior": posterior, "seed": seed}
-    for seed, missing, decoder, posterior in product(range(5), MISSING, DECODERS, FAMILIES)
-]
+SEEDS = range(5)
+
+
+def runs(seeds=SEEDS) -> list[dict]:
+    return [
+        {"decoder": decoder, "missing": missing, "posterior": posterior, "seed": seed}
+        for seed, missing, decoder, posterior in product(seeds, MISSING, DECODERS, FAMILIES)
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", choices=("prices", "runs"), default="runs")
-    if parser.parse_args().what == "prices":
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    given = parser.parse_args()
+    if given.what == "prices":
         path = FOLDER / "deconvolution_prices.jsonl"
         run_missing(path, PRICES, deconvolution.decoder_price)
     else:
-        run_missing(FOLDER / "deconvolution.jsonl", RUNS, deconvolution.train)
+        run_missing(FOLDER / "deconvolution.jsonl", runs(given.seeds), deconvolution.train)
 
 
 if __name__ == "__main__":

@@ -281,7 +281,7 @@ def train(
     missing: float,
     posterior: str,
     seed: int,
-    steps: int = 2000,
+    steps: int = 1500,
     batch: int = 64,
     learning_rate: float = 2e-3,
 ) -> dict:

@@ -1,0 +1,45 @@
+"""Make the records of the VAE on moving images (notebook 10, Section 10.5); it can be stopped.
+
+python tools/time_moving.py                 150 runs, all of one seed before the next
+python tools/time_moving.py --seeds 0 1     some of them
+python tools/time_moving.py --longer        how far from convergence: seed 0, four times as long
+"""
+
+import argparse
+from itertools import product
+
+import torch
+
+from rhovae.study import moving
+from rhovae.study.data import DATA_FOLDER
+from rhovae.study.lines import run_missing
+from rhovae.study.moving import DATA, FAMILIES, MISSING
+
+PATH = DATA_FOLDER / "results" / "time" / "moving.jsonl"
+SEEDS = range(5)
+
+
+def runs(seeds=SEEDS) -> list[dict]:
+    return [
+        {"data": data, "missing": missing, "posterior": posterior, "seed": seed}
+        for seed, data, missing, posterior in product(seeds, DATA, MISSING, FAMILIES)
+    ]
+
+
+LONGER = [
+    {"data": "digits", "missing": 0.3, "posterior": posterior, "seed": 0, "steps": 6000}
+    for posterior in FAMILIES
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--longer", action="store_true")
+    given = parser.parse_args()
+    run_missing(PATH, LONGER if given.longer else runs(given.seeds), moving.train)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
