@@ -56,10 +56,10 @@ def rotating_digits(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def moving_spot(n: int, generator: torch.Generator) -> Tensor:
-    """A spot whose two coordinates are AR(1) processes of a known time constant, 5 steps.
+    """A dim spot whose two coordinates are AR(1) processes of a known time constant, 5 steps.
 
     With z ~ N(0, 1) the spot is 2.2 z pixels from the middle, and a pixel at the distance r from it
-    is 1 with probability 0.95 exp(-r^2 / 8).
+    is 1 with probability 0.15 exp(-r^2 / 8).
 
     Returns:
         float32 of zeros and ones, (n, 10, 196).
@@ -70,7 +70,7 @@ def moving_spot(n: int, generator: torch.Generator) -> Tensor:
     place = 2.2 * (noise @ prior.scale_tril.mT)
     axis = torch.arange(SIZE) - (SIZE - 1) / 2
     x, y = (place[:, i, :, None] - axis for i in (0, 1))
-    chance = 0.95 * torch.exp(-(x[..., :, None].square() + y[..., None, :].square()) / 8)
+    chance = 0.15 * torch.exp(-(x[..., :, None].square() + y[..., None, :].square()) / 8)
     return (torch.rand(chance.shape, generator=generator) < chance).float().flatten(-2)
 
 
