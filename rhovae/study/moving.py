@@ -37,7 +37,7 @@ def rotating_digits(images: Tensor, generator: torch.Generator) -> Tensor:
     Args:
         images: uint8, (n, 1, 28, 28).
     Returns:
-        float32 of zeros and ones, (n, 10, 196).
+        zeros and ones, (n, 10, 196).
     """
     n = len(images)
     start, speed, side = torch.rand(3, n, 1, generator=generator)
@@ -47,11 +47,12 @@ def rotating_digits(images: Tensor, generator: torch.Generator) -> Tensor:
     turn[..., 0, 0] = turn[..., 1, 1] = angle.cos()
     turn[..., 1, 0], turn[..., 0, 1] = angle.sin(), -angle.sin()
     made = []
-    for part, how in zip(to_unit_interval(images).split(500), turn.split(500), strict=True):
+    pixels = to_unit_interval(images).to(turn)
+    for part, how in zip(pixels.split(500), turn.split(500), strict=True):
         frames = part.expand(-1, STEPS, -1, -1).reshape(-1, 1, 28, 28)
         grid = affine_grid(how.flatten(0, 1), frames.shape, align_corners=False)
         pooled = avg_pool2d(grid_sample(frames, grid, align_corners=False), 2)
-        made.append((pooled > 0.5).float().reshape(len(part), STEPS, -1))
+        made.append((pooled > 0.5).to(turn).reshape(len(part), STEPS, -1))
     return torch.cat(made)
 
 
@@ -62,7 +63,7 @@ def moving_spot(n: int, generator: torch.Generator) -> Tensor:
     is 1 with probability 0.15 exp(-r^2 / 8).
 
     Returns:
-        float32 of zeros and ones, (n, 10, 196).
+        zeros and ones, (n, 10, 196).
     """
     noise = torch.randn(n, 2, STEPS, generator=generator)
     rho = torch.tensor([math.exp(-1 / SPOT_TIME_CONSTANT)])
@@ -71,7 +72,7 @@ def moving_spot(n: int, generator: torch.Generator) -> Tensor:
     axis = torch.arange(SIZE) - (SIZE - 1) / 2
     x, y = (place[:, i, :, None] - axis for i in (0, 1))
     chance = 0.15 * torch.exp(-(x[..., :, None].square() + y[..., None, :].square()) / 8)
-    return (torch.rand(chance.shape, generator=generator) < chance).float().flatten(-2)
+    return (torch.rand(chance.shape, generator=generator) < chance).to(chance).flatten(-2)
 
 
 @functools.cache
@@ -87,9 +88,10 @@ def sequences(data: str, split: str) -> Tensor:
 
 def frame_mask(n: int, missing: float, generator: torch.Generator) -> Tensor:
     """(n, 10), one where a frame is seen; frames drop out one by one, but at least one is seen."""
-    mask = (torch.rand(n, STEPS, generator=generator) >= missing).float()
+    chance = torch.rand(n, STEPS, generator=generator)
+    mask = (chance >= missing).to(chance)
     kept = one_hot(torch.randint(STEPS, (n,), generator=generator), STEPS)
-    return torch.where(mask.sum(-1, keepdim=True) > 0, mask, kept.float())
+    return torch.where(mask.sum(-1, keepdim=True) > 0, mask, kept.to(mask))
 
 
 class Encoder(nn.Module):
