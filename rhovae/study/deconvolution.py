@@ -214,25 +214,34 @@ def _minimise(loss, free: Tensor, steps: int = 150) -> None:
 class Encoder(nn.Module):
     """Measurement and mask -> features: one small network for every window of the signal.
 
-    Window t holds the samples t - reach .. t + reach, their mask, and where the signal ends. All
-    windows share their weights; a head reads all of them together, so any axes can be reached.
+    Window t holds the samples t - reach .. t + reach, their mask, and where the signal ends. As the
+    exact posterior mean is linear in the samples, with coefficients that depend on the mask, a
+    network of the mask gates linear filters of the samples; the network's own outputs are features
+    as well. All windows share their weights; a head reads all of them together, so any axes can be
+    reached.
     """
 
-    def __init__(self, reach: int = 5, hidden: int = 64, width: int = 12):
+    def __init__(self, reach: int = 6, hidden: int = 64, units: int = 48, width: int = 8):
         super().__init__()
         self.reach = reach
-        inputs = 3 * (2 * reach + 1)
-        self.window = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-            nn.Linear(hidden, width),
-        )  # fmt: skip
-        self.features = LENGTH * width
+        window = 2 * reach + 1
+        self.mask = nn.Sequential(
+            nn.Linear(2 * window, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
+        )
+        self.gates = nn.Linear(hidden, units)
+        self.filters = nn.Linear(window, units, bias=False)
+        self.shift = nn.Linear(units, width)
+        self.shape = nn.Linear(hidden, width)
+        self.features = 2 * LENGTH * width
 
     def forward(self, data: Measurements) -> Tensor:
-        inside = torch.ones_like(data.mask)
-        rows = torch.stack([data.values, data.mask, inside], -2)
-        windows = pad(rows, (self.reach, self.reach)).unfold(-1, 2 * self.reach + 1, 1)
-        return self.window(windows.movedim(-3, -2).flatten(-2)).flatten(-2)
+        ends = self._windows(torch.ones_like(data.mask))
+        hidden = self.mask(torch.cat([self._windows(data.mask), ends], -1))
+        filtered = self.gates(hidden) * self.filters(self._windows(data.values))
+        return torch.cat([self.shift(filtered), self.shape(hidden)], -1).flatten(-2)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        return pad(x, (self.reach, self.reach)).unfold(-1, 2 * self.reach + 1, 1)
 
 
 class Decoder(nn.Module):
