@@ -1,6 +1,6 @@
 """Make the records of the VAE on moving images (notebook 10, Section 10.5); it can be stopped.
 
-python tools/time_moving.py                 150 runs, all of one seed before the next
+python tools/time_moving.py                 160 runs, all of one seed before the next
 python tools/time_moving.py --seeds 0 1     some of them
 python tools/time_moving.py --longer        how far from convergence: seed 0, four times as long
 """
@@ -20,9 +20,12 @@ SEEDS = range(5)
 
 
 def runs(seeds=SEEDS) -> list[dict]:
+    cases = list(product(DATA, MISSING, FAMILIES))
+    cases += [("digits", missing, "smoothed") for missing in MISSING[1:]]  # a control
     return [
         {"data": data, "missing": missing, "posterior": posterior, "seed": seed}
-        for seed, data, missing, posterior in product(seeds, DATA, MISSING, FAMILIES)
+        for seed in seeds
+        for data, missing, posterior in cases
     ]
 
 

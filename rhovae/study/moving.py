@@ -1,7 +1,8 @@
 """A VAE on moving images, with a chain per latent channel as its prior.      notebooks/10, 10.5
 
 Sequences of ten binary images, some of whose frames are missing as a whole. All posteriors read the
-same features of one encoder, have a mean of their own for each step, and differ in the covariance.
+same features of one encoder. Four have a mean for each step straight from it and differ in the
+covariance alone; `Sites` passes both through the prior.
 """
 
 import functools
@@ -197,12 +198,25 @@ class KarhunenLoeve(nn.Module):
         return InEigenvectors(self.loc(features).mT, log_variance, prior)
 
 
+class Smoothed(Sites):
+    """A control: the mean of `Sites`, which the prior has smoothed, and independent steps."""
+
+    def __init__(self, features: int, channels: int):
+        super().__init__(features, channels)
+        self.log_variance = nn.Linear(features, channels)
+
+    def forward(self, features: Tensor, prior: AR1Normal) -> AR1Normal:
+        scale = (0.5 * self.log_variance(features)).exp().mT
+        return AR1Normal(super().forward(features, prior).loc, scale, rho=0.0, validate_args=False)
+
+
 HEADS = {
     "diagonal": Diagonal,
     "karhunen-loeve": KarhunenLoeve,
     "gp-vae": Banded,
     "chain": Chain,
     "sites": Sites,
+    "smoothed": Smoothed,
 }
 
 
@@ -210,7 +224,7 @@ class MovingVAE(nn.Module):
     """One encoder, one head, a decoder for each frame alone, and a chain per channel as prior."""
 
     def __init__(self, family: str, channels: int):
-        require_known("family", family, FAMILIES)
+        require_known("family", family, HEADS)
         super().__init__()
         self.encoder = Encoder()
         self.head = HEADS[family](Encoder.features, channels)
