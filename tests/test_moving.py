@@ -33,7 +33,7 @@ runner = importlib.import_module("time_moving")
 
 
 # Of seed 0; what else is there comes seed by seed.
-WHOLE = [(data, missing) for data in ("digits", "spot") for missing in (0.0, 0.3, 0.6)]
+WHOLE = [("digits", 0.0), ("digits", 0.3), ("digits", 0.6), ("spot", 0.6)]
 
 
 def generator(seed=0):
@@ -179,8 +179,7 @@ def test_images_are_those_of_the_package():
 def test_the_committed_runs_are_those_of_the_plan():
     runs = read_lines(DATA_FOLDER / "results" / "time" / "moving.jsonl")
     settings = [run["settings"] for run in runs]
-    plan = [*runner.runs(), *runner.LONGER]
-    assert all(s in plan for s in settings)
+    assert all(s in runner.runs() for s in settings)
     assert len({tuple(s.values()) for s in settings}) == len(settings)
     first = [s for s in runner.runs([0]) if (s["data"], s["missing"]) in WHOLE]
     assert all(s in settings for s in first)

@@ -16,6 +16,7 @@ from rhovae.study.lines import run_missing
 from rhovae.study.moving import DATA, FAMILIES, MISSING
 
 PATH = DATA_FOLDER / "results" / "time" / "moving.jsonl"
+PATH_LONGER = PATH.with_name("moving_longer.jsonl")
 SEEDS = range(5)
 
 
@@ -31,7 +32,7 @@ def runs(seeds=SEEDS) -> list[dict]:
 
 LONGER = [
     {"data": "digits", "missing": 0.3, "posterior": posterior, "seed": 0, "steps": 6000}
-    for posterior in FAMILIES
+    for posterior in ("chain", "sites", "diagonal", "karhunen-loeve", "gp-vae")
 ]
 
 
@@ -40,7 +41,10 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--longer", action="store_true")
     given = parser.parse_args()
-    run_missing(PATH, LONGER if given.longer else runs(given.seeds), moving.train)
+    if given.longer:
+        run_missing(PATH_LONGER, LONGER, moving.train)
+    else:
+        run_missing(PATH, runs(given.seeds), moving.train)
 
 
 if __name__ == "__main__":
