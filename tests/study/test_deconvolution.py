@@ -33,7 +33,7 @@ from rhovae.study.deconvolution import (
 )
 from rhovae.study.lines import read_lines
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 runner = importlib.import_module("time_deconvolution")
 DOUBLE = torch.float64
 

@@ -28,7 +28,7 @@ from rhovae.study.moving import (
     train,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 runner = importlib.import_module("time_moving")
 
 
