@@ -1,8 +1,9 @@
-"""Write the result table of README.md from the committed records: python tools/readme.py"""
+"""Write the tables of README.md from the committed records: python tools/readme.py"""
 
 import re
 from pathlib import Path
 
+from rhovae.study.lines import read_lines
 from rhovae.study.records import by_posterior, format_nats, load_records, published_curves
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,6 +14,34 @@ SETTINGS = [
     ("Fashion-MNIST, d = 10", "fashion-mnist", 10, "published-script", "figure1_vae",
      10_000 / 10_112),
 ]  # fmt: skip
+
+
+POSTERIORS = {
+    "diagonal": "diagonal",
+    "karhunen-loeve": "diagonal in the prior's Karhunen–Loève basis",
+    "stepped": "**chain**",
+    "maximum-likelihood": "*maximum likelihood*",
+}
+
+
+def time_table() -> str:
+    """Learned time constants and coverage by family, over the data sets of notebook 10."""
+    runs = read_lines(ROOT / "data" / "results" / "time" / "counts.jsonl")
+    settings = [(49.5, -1.0), (49.5, 1.0)]
+    lines = [
+        "| posterior of a series | learned time constant, few counts | many counts "
+        "| 90 % intervals hold, few counts | many counts |",
+        "|---|---|---|---|---|",
+    ]
+    for family, label in POSTERIORS.items():
+        taus, shares = [], []
+        for tau, rate in settings:
+            want = {"family": family, "time_constant": tau, "rate": rate}
+            found = [r["result"] for r in runs if want.items() <= r["settings"].items()]
+            taus.append(f"{sum(f['time_constant'] for f in found) / len(found):.1f}")
+            shares.append(f"{sum(f['coverage'] for f in found) / len(found):.0%}")
+        lines.append("| " + " | ".join([label, *taus, *shares]) + " |")
+    return "\n".join(lines)
 
 
 def table() -> str:
@@ -46,9 +75,11 @@ def table() -> str:
 
 
 def updated(readme: str) -> str:
-    """README text with the table between its two marks made from data/results."""
-    marks = r"(<!-- results: [^\n]*-->\n).*(<!-- end of results -->)"
-    return re.sub(marks, lambda m: m[1] + table() + "\n" + m[2], readme, flags=re.S)
+    """README text with the tables between their marks made from data/results."""
+    for name, make in (("results", table), ("time", time_table)):
+        marks = rf"(<!-- {name}: [^\n]*-->\n).*(<!-- end of {name} -->)"
+        readme = re.sub(marks, lambda m, made=make(): m[1] + made + "\n" + m[2], readme, flags=re.S)
+    return readme
 
 
 if __name__ == "__main__":

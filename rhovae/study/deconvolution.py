@@ -57,7 +57,7 @@ def measure(n: int, missing: float, generator: torch.Generator, **kind) -> Measu
 
 
 def posterior_precision(weight: Tensor, mask: Tensor) -> Tensor:
-    """I + W^T diag(m) W / s2, (..., latent, latent).                      (10.21), notebooks/10"""
+    """I + W^T diag(m) W / s2, (..., latent, latent).                      (11.2), notebooks/11"""
     identity = torch.eye(weight.shape[-1], dtype=weight.dtype)
     return identity + (weight.mT * mask.unsqueeze(-2)) @ weight / NOISE
 
@@ -71,7 +71,7 @@ def exact_posterior(weight: Tensor, data: Measurements) -> MultivariateNormal:
 
 
 def negative_log_evidence(weight: Tensor, data: Measurements) -> Tensor:
-    """-log p(x) of the measured samples, nats per measurement, (n,).      (10.22), notebooks/10
+    """-log p(x) of the measured samples, nats per measurement, (n,).      (11.3), notebooks/11
 
     1/2 (log det L + n log 2 pi s2 + |x|^2 / s2 - b^T L^-1 b),  b = W^T x / s2, n samples measured
     """
@@ -87,7 +87,7 @@ def negative_log_evidence(weight: Tensor, data: Measurements) -> Tensor:
 
 
 def negative_elbo(q: Distribution, weight: Tensor, data: Measurements) -> Tensor:
-    """-ELBO without a draw, nats per measurement, (n,).                   (10.23), notebooks/10
+    """-ELBO without a draw, nats per measurement, (n,).                   (11.4), notebooks/11
 
     1/2 (|m (x - W mu)|^2 + sum_t m_t (W S W^T)_tt) / s2 + n/2 log 2 pi s2 + KL(q || N(0, I))
     """
@@ -102,13 +102,13 @@ def negative_elbo(q: Distribution, weight: Tensor, data: Measurements) -> Tensor
 
 
 def diagonal_price(precision: Tensor) -> Tensor:
-    """KL to the exact posterior of the best diagonal normal, nats, (...).  (10.24), notebooks/10"""
+    """KL to the exact posterior of the best diagonal normal, nats, (...).  (11.5), notebooks/11"""
     diagonal = precision.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return 0.5 * (diagonal - _log_det(torch.linalg.cholesky(precision)))
 
 
 def expected_excess(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What a decoder costs on average over measurements, in two parts.    (10.25), notebooks/10
+    """What a decoder costs on average over measurements, in two parts.    (11.6), notebooks/11
 
     Args:
         weight: decoder W, (length, latent).
@@ -146,7 +146,7 @@ STARTS = ("truth", "no blur", "principal axes", "random 1", "random 2")
 def decoder_price(decoder: str, missing: float, start: str = "truth", masks: int = 200) -> dict:
     """What the diagonal family costs once the decoder is trained with it, found without samples.
 
-    min over W of KL(true p(x) || p_W(x)) + mean over masks of the price    (10.25), notebooks/10
+    min over W of KL(true p(x) || p_W(x)) + mean over masks of the price    (11.6), notebooks/11
 
     by L-BFGS in float64 over some masks, judged on others. A dense decoder has several minima, so
     it matters where the search starts.

@@ -66,16 +66,21 @@ def style() -> None:
     )
 
 
-def save(figure: Figure, folder: str | Path, name: str, records: list[dict]) -> Path:
+def save(figure: Figure, folder: str | Path, name: str, records: list[dict] | str) -> Path:
     """Write <folder>/<name>.svg, which says in its metadata from which records it was made.
 
-    It has no date, so that the same figure is the same file.
+    It has no date, so that the same figure is the same file. Where there are no records of
+    experiments, a sentence takes their place.
     """
     path = Path(folder) / f"{name}.svg"
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None, "Title": name, "Description": made_from(records)}
+    metadata = {"Date": None, "Title": name, "Description": _description(records)}
     figure.savefig(path, metadata=metadata)
     return path
+
+
+def _description(records: list[dict] | str) -> str:
+    return records if isinstance(records, str) else made_from(records)
 
 
 def made_from(records: list[dict]) -> str:

@@ -247,7 +247,7 @@ class MovingVAE(nn.Module):
         )
 
     def negative_elbo(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """Of the seen frames, by one draw, nats per sequence, (batch,).    (10.27), notebooks/10"""
+        """Of the seen frames, by one draw, nats per sequence, (batch,).    (11.8), notebooks/11"""
         q, p = self.posterior(frames, mask)
         return (mask * self.frame_nll(q.rsample(), frames)).sum(-1) + kl_to(q, p)
 
@@ -265,7 +265,7 @@ def judge(model: MovingVAE, frames: Tensor, mask: Tensor, draws: int = 100) -> d
     negative_elbo and iwae: of the seen frames, nats per sequence, K draws. The missing frames x_t
     have K-draw estimates of -log p(x_t | seen), nats per missing frame:
 
-        predicted  -log 1/K sum_k p(x_t | z_k), z_k ~ q        (10.28), notebooks/10
+        predicted  -log 1/K sum_k p(x_t | z_k), z_k ~ q        (11.9), notebooks/11
         weighted   the same with weights w_k = p(seen, z_k) / q(z_k), normalised to sum 1
 
     Returns:
