@@ -1,6 +1,6 @@
 """Deconvolution with missing samples, learned: a linear decoder, an encoder, all in closed form.
 
-                                                                               notebooks/10, 10.4
+                                                                               notebooks/11, 10.4
 A white signal z ~ N(0, I) is blurred by a filter of two taps and measured with noise, and each
 measurement misses some samples, x = m (W z + e). The model is linear and Gaussian, so the evidence,
 the best posterior of a family, and the bound for any Gaussian posterior are known without draws.
@@ -164,10 +164,11 @@ def decoder_price(decoder: str, missing: float, start: str = "truth", masks: int
     require_known("start", start, STARTS)
     generator = torch.Generator().manual_seed(2026)
     count = masks if missing else 1
-    mask = (torch.rand(11 * count, LENGTH, generator=generator) >= missing).double()
+    single = {"generator": generator, "dtype": torch.float32}  # whatever the default is
+    mask = (torch.rand(11 * count, LENGTH, **single) >= missing).double()
     truth = blur(torch.tensor(TAPS, dtype=torch.float64))
     left, singular, right = torch.linalg.svd(truth)
-    random = {name: torch.randn(LENGTH, LENGTH, generator=generator) for name in STARTS[3:]}
+    random = {name: torch.randn(LENGTH, LENGTH, **single) for name in STARTS[3:]}
     places = {
         "truth": truth,
         "no blur": 0.7 * torch.eye(LENGTH, dtype=torch.float64),
