@@ -262,7 +262,7 @@ class Sites(nn.Module):
                 f"must be {self.channels}, the channels."
             )
         weight = self.log_precision(features).exp().mT
-        return prior._given_sites(weight, self.shift(features).mT)
+        return prior._observed(weight, self.shift(features).mT, natural=True)
 
 
 def _per_channel(name: str, value: Any, channels: int, spread: bool = False) -> Tensor:

@@ -404,8 +404,12 @@ class AR1Normal(Distribution):
                 negative or not finite, or a value that is not finite where it was observed.
         """
         value, precision = self._observations(value, precision)
-        weight = precision * self.scale.square()
-        return self._given_sites(weight, weight * (value - self.loc) / self.scale)
+        shape = self.loc.shape
+        if not precision.shape == value.shape == shape:
+            precision, value = (
+                x.expand(torch.broadcast_shapes(x.shape, shape)) for x in (precision, value)
+            )
+        return self._observed(precision, value)
 
     def log_evidence(
         self, value: Tensor, *, precision: Tensor | float, posterior: "AR1Normal | None" = None
@@ -440,31 +444,28 @@ class AR1Normal(Distribution):
         return (fit - whitened).sum(-1) / 2 + ratio
 
     def _observations(self, value: Tensor, precision: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Both checked and (*batch, latent), and no NaN where nothing was observed."""
+        """Both checked and (*batch, latent)."""
         latent = self._latent
         value = _as_parameter("value", value, self.loc, (latent,))
         precision = _as_parameter("precision", precision, self.loc, (1, latent))
-        _check_batches(loc=self.loc, value=value, precision=precision)
-        observed = precision > 0
+        if not self.loc.shape[:-1] == value.shape[:-1] == precision.shape[:-1]:
+            _check_batches(loc=self.loc, value=value, precision=precision)
         if self._validate_args:
             remedy = "must be finite and not negative (0 where there is no observation)"
             _check_entries("precision", precision, precision >= 0, remedy)
-            valid = value.isfinite() | ~observed
-            if not valid.all():
-                raise ValueError(
-                    f"AR1Normal: {(~valid).sum().item()} values are not finite numbers but have "
-                    "a positive precision; give precision 0 where there is no observation."
-                )
-        # Before any product: 0 * nan is nan, in the backward pass too.
-        value = torch.where(observed | value.isfinite(), value, self.loc)
+            if not _all_finite(value):
+                wrong = ((precision > 0) & ~value.isfinite()).sum().item()
+                if wrong:
+                    raise ValueError(
+                        f"AR1Normal: {wrong} values are not finite numbers but have a positive "
+                        "precision; give precision 0 where there is no observation."
+                    )
         return value, precision.expand(*precision.shape[:-1], latent)
 
-    def _given_sites(self, weight: Tensor, shift: Tensor) -> "Self":
-        """The posterior after observations of z in units of the scale: precision w, and w times
-        the value."""
-        mean, chain = smoothing.condition(self.rho, self._innovation, weight, shift)
-        chain = chain._replace(scale=self.scale * chain.scale)
-        return self._with_chain(self.loc + self.scale * mean, chain)
+    def _observed(self, weight: Tensor, value: Tensor, natural: bool = False) -> "Self":
+        """The posterior; weight, value and natural as in `smoothing.condition`."""
+        prior = self.loc, self.scale, self.rho, self._innovation
+        return self._with_chain(*smoothing.condition(*prior, weight, value, natural=natural))
 
     def _with_chain(self, loc: Tensor, chain: smoothing.Chain) -> "Self":
         """One of this class, unchecked; its fisher_z follows when it is asked for."""
@@ -503,13 +504,18 @@ def _check_batches(**tensors: Tensor) -> torch.Size:
 
 
 def _check_entries(name: str, value: Tensor, valid: Tensor, remedy: str) -> None:
-    valid = valid & value.isfinite()
-    if not valid.all():
+    if not valid.all() or not _all_finite(value):
+        valid = valid & value.isfinite()
         raise ValueError(
             f"AR1Normal: the entries of {name} {remedy}, but of {value.numel()} in shape "
             f"{tuple(value.shape)}, {(~valid).sum().item()} are not; the first is "
             f"{value[~valid][0].item():.6g}."
         )
+
+
+def _all_finite(value: Tensor) -> bool:
+    """Asked in one pass where it can be: what has a finite sum is finite."""
+    return bool(value.detach().sum().isfinite()) or bool(value.isfinite().all())
 
 
 def _as_parameter(name: str, value: Any, loc: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -145,39 +145,41 @@ def _backward(inputs: Sequence[Any], x: Tensor, of_z: Tensor) -> Gradients:
     )
 
 
-def condition(
-    by_scan: Callable[..., Tensors], rho: Tensor, innovation: Tensor, weight: Tensor, shift: Tensor
-) -> Tensors:
+def condition(by_scan: Callable[..., Tensors], *inputs: Tensor, natural: bool) -> Tensors:
     """`smoothing.condition`, compiled where it can be.               (10.2) to (10.4), notebooks/10
 
     Args:
-        by_scan: does it from the other arguments, as tensor operations.
-        rho, innovation, weight, shift: as there.
+        by_scan: does it from the inputs, as tensor operations.
+        inputs: loc, scale, rho, innovation, weight and value, as there.
+        natural: as there.
     Returns:
         Mean and standard deviations, (*batch, latent), correlations and their innovation scales,
         (*batch, latent - 1).
     """
-    inputs = rho, innovation, weight, shift
     if torch.compiler.is_compiling() or not (
         _enabled.get() and _fit_to_condition(*inputs) and _loops()
     ):
         return by_scan(*inputs)
     if torch.is_grad_enabled():
-        return _Condition.apply(by_scan, *inputs)
-    return _condition(*inputs)[1]
+        return _Condition.apply(by_scan, natural, *inputs)
+    return _condition(inputs, natural)[1]
 
 
-def _fit_to_condition(rho: Tensor, innovation: Tensor, weight: Tensor, shift: Tensor) -> bool:
-    latent = weight.shape[-1]
+def _fit_to_condition(
+    loc: Tensor, scale: Tensor, rho: Tensor, innovation: Tensor, weight: Tensor, value: Tensor
+) -> bool:
+    batch, latent = loc.shape[:-1], loc.shape[-1]
     return (
-        _readable(*(rho, innovation, weight, shift))
+        _readable(loc, scale, rho, innovation, weight, value)
         and latent > 1
         and weight.numel() > 0
-        and weight.shape == shift.shape
-        and rho.shape == innovation.shape
+        and weight.shape == value.shape
+        and weight.shape[-loc.dim() :] == loc.shape
+        and scale.shape[:-1] == batch
+        and rho.shape[:-1] == batch
+        and scale.shape[-1] in (1, latent)
         and rho.shape[-1] in (1, latent - 1)
-        and rho.dim() <= weight.dim()
-        and weight.shape[weight.dim() - rho.dim() : -1] == rho.shape[:-1]
+        and innovation.shape == rho.shape
     )
 
 
@@ -185,37 +187,36 @@ class _Condition(torch.autograd.Function):
     """The compiled conditioning, with compiled first derivatives; else as in _Draw."""
 
     @staticmethod
-    def forward(ctx: Any, by_scan: Callable[..., Tensors], *inputs: Any) -> Tensors:
-        ctx.by_scan = by_scan
-        inner, outer = _condition(*inputs)
-        ctx.save_for_backward(*inputs, *inner, *outer)
+    def forward(ctx: Any, by_scan: Callable[..., Tensors], natural: bool, *inputs: Any) -> Tensors:
+        ctx.by_scan, ctx.natural = by_scan, natural
+        inner, outer = _condition(inputs, natural)
+        ctx.save_for_backward(*inputs, *inner, *outer[1:])
         return outer
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Gradients:
-        inputs, results = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        if torch.is_grad_enabled() or not _readable(results[0], *gradients):
-            needed = ctx.needs_input_grad[1:]
-            return None, *_backward_by_scan(ctx.by_scan, needed, inputs, gradients)
-        rho, innovation, weight, _ = inputs
-        of_rho, of_c = (_empty_like(results[0]) for _ in range(2))
-        of_weight, of_shift = _empty_like(weight), _empty_like(weight)
-        tensors = rho, innovation, *results, *gradients, of_rho, of_c, of_weight, of_shift
-        _run("condition_backward", tensors, weight, _batch(rho), rho.shape[-1])
-        of_rho, of_c = (ar1._sum_to(rho.shape, gradient) for gradient in (of_rho, of_c))
-        return None, of_rho, of_c, of_weight, of_shift
+        inputs, held = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        if torch.is_grad_enabled() or not _readable(held[0], *gradients):
+            needed = ctx.needs_input_grad[2:]
+            return None, None, *_backward_by_scan(ctx.by_scan, needed, inputs, gradients)
+        of_loc, of_scale, of_weight, of_value = (_empty_like(gradients[0]) for _ in range(4))
+        of_rho, of_c = (_empty_like(gradients[2]) for _ in range(2))
+        found = of_loc, of_scale, of_rho, of_c, of_weight, of_value
+        tensors = *held, *gradients, *found
+        _run("condition_backward", tensors, of_loc, _batch(inputs[0]), ctx.natural)
+        return None, None, *(ar1._sum_to(t.shape, f) for t, f in zip(inputs, found, strict=True))
 
 
-def _condition(
-    rho: Tensor, innovation: Tensor, weight: Tensor, shift: Tensor
-) -> tuple[Tensors, Tensors]:
+def _condition(inputs: Sequence[Tensor], natural: bool) -> tuple[Tensors, Tensors]:
     """What only the gradient needs, and the four results."""
-    steps = weight[..., 1:]
-    inverse, after_rho, after_c = (_empty_like(steps) for _ in range(3))
-    known, pulled, mean, scale = (_empty_like(weight) for _ in range(4))
-    inner, outer = (inverse, known, pulled), (mean, scale, after_rho, after_c)
-    tensors = rho, innovation, weight, shift, *inner, *outer
-    _run("condition", tensors, weight, _batch(rho), rho.shape[-1])
+    loc, scale, rho, innovation, weight, value = inputs
+    # One entry for each variable or step, also where they share one: the loops need not ask.
+    steps = (t.expand_as(loc[..., 1:]).contiguous() for t in (rho, innovation))
+    given = loc, scale.expand_as(loc).contiguous(), *steps, weight, value
+    known, pulled, unit_mean, mean, sd = (_empty_like(value) for _ in range(5))
+    inverse, after_rho, after_c = (_empty_like(value[..., 1:]) for _ in range(3))
+    inner, outer = (*given, inverse, known, pulled, unit_mean), (mean, sd, after_rho, after_c)
+    _run("condition", (*inner, *outer), value, _batch(loc), natural)
     return inner, outer
 
 

@@ -15,10 +15,12 @@ and imports this module then. A chain is a row; there are `rows` of noise, and p
 from ctypes import CFUNCTYPE, c_int64, c_void_p
 from functools import cache
 from inspect import signature
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 from numba import carray, cfunc, njit, types
+
+ROWS = 4  # swept side by side
 
 
 @njit(fastmath={"contract"})
@@ -113,67 +115,99 @@ def backward(
                 of_rho[i, 0] = sum_rho - sum_c * (r / innovation_scale(r))
 
 
+@njit
+def observed(precision, value, loc, scale):
+    """An observation's precision and pull on the unit chain. At precision 0 any value will do."""
+    deviation = value - loc if precision > 0 or isfinite(value) else type(loc)(0)
+    return precision * scale * scale, precision * scale * deviation, deviation
+
+
 def condition(
-    rho, c, weight, shift, inverse, known, pulled, mean, scale, after_rho, after_c,
-    start, stop, batch, latent, rhos,
+    loc, scale, rho, c, weight, value, inverse, known, pulled, mean, after, sd, after_rho, after_c,
+    start, stop, batch, latent, natural,
 ):  # fmt: skip
-    """`smoothing.condition`, (10.2) to (10.4), with 1 / D, J and H beside its results."""
-    rho, c = carray(rho, (batch, rhos)), carray(c, (batch, rhos))
-    weight, shift = carray(weight, (stop, latent)), carray(shift, (stop, latent))
-    known, pulled = carray(known, (stop, latent)), carray(pulled, (stop, latent))
-    mean, scale = carray(mean, (stop, latent)), carray(scale, (stop, latent))
+    """`smoothing.condition`, (10.2) to (10.4), with 1 / D, J, H and m beside its results.
+
+    A few rows side by side, as the next division of each waits for its last. What has no such
+    wait stands in loops of its own, which the compiler makes several steps of at once.
+    """
     last = latent - 1
+    loc, scale = carray(loc, (batch, latent)), carray(scale, (batch, latent))
+    rho, c = carray(rho, (batch, last)), carray(c, (batch, last))
+    weight, value = carray(weight, (stop, latent)), carray(value, (stop, latent))
+    known, pulled = carray(known, (stop, latent)), carray(pulled, (stop, latent))
+    mean, after, sd = (
+        carray(mean, (stop, latent)),
+        carray(after, (stop, latent)),
+        carray(sd, (stop, latent)),
+    )
     inverse = carray(inverse, (stop, last))
     after_rho, after_c = carray(after_rho, (stop, last)), carray(after_c, (stop, last))
     one = type(rho[0, 0])(1)
-    for i in range(start, stop):
-        p = i % batch
-        r, innovation = rho[p, 0], c[p, 0]
-        information, pull = weight[i, last], shift[i, last]
-        known[i, last], pulled[i, last] = information, pull
+    above = start
+    while above < stop:
+        # Rows whose parameters are neighbours too, or, in a batch of 1, the same.
+        first = above % batch
+        rows = min(ROWS, stop - above, batch - first if batch > 1 else ROWS)
+        for n in range(rows):
+            i, p = above + n, min(first + n, batch - 1)
+            for j in range(latent):
+                w, h = weight[i, j], value[i, j]
+                if not natural:
+                    w, h, _ = observed(w, h, loc[p, j], scale[p, j])
+                known[i, j], pulled[i, j] = w, h
         for j in range(last - 1, -1, -1):
-            if rhos > 1:
+            for n in range(rows):
+                i, p = above + n, min(first + n, batch - 1)
                 r, innovation = rho[p, j], c[p, j]
-            share = one / multiply_add(information, innovation * innovation, one)
-            information = multiply_add(information * share, r * r, weight[i, j])
-            pull = multiply_add(pull, r * share, shift[i, j])
-            inverse[i, j], known[i, j], pulled[i, j] = share, information, pull
-        variance = one / (one + information)
-        centre = variance * pull
-        mean[i, 0], scale[i, 0] = centre, variance
-        for j in range(last):
-            if rhos > 1:
+                share = one / multiply_add(known[i, j + 1], innovation * innovation, one)
+                inverse[i, j] = share
+                known[i, j] = multiply_add(known[i, j + 1] * share, r * r, known[i, j])
+                pulled[i, j] = multiply_add(pulled[i, j + 1], r * share, pulled[i, j])
+        for n in range(rows):
+            i, p = above + n, min(first + n, batch - 1)
+            variance = one / (one + known[i, 0])
+            centre = variance * pulled[i, 0]
+            mean[i, 0], sd[i, 0] = centre, variance
+            for j in range(last):
                 r, innovation = rho[p, j], c[p, j]
-            k, q = r * inverse[i, j], innovation * innovation * inverse[i, j]
-            variance = multiply_add(variance, k * k, q)
-            centre = multiply_add(centre, k, q * pulled[i, j + 1])
-            mean[i, j + 1], scale[i, j + 1] = centre, variance
-        for j in range(latent):
-            scale[i, j] = sqrt(scale[i, j])
-        for j in range(last):
-            if rhos > 1:
+                k, q = r * inverse[i, j], innovation * innovation * inverse[i, j]
+                variance = multiply_add(variance, k * k, q)
+                centre = multiply_add(centre, k, q * pulled[i, j + 1])
+                mean[i, j + 1], sd[i, j + 1] = centre, variance
+            for j in range(latent):
+                sd[i, j] = sqrt(sd[i, j])
+            for j in range(last):
                 r, innovation = rho[p, j], c[p, j]
-            k = r * inverse[i, j]
-            # Rounding may leave the quotient beyond 1, where a long chain would grow.
-            after_rho[i, j] = max(-one, min(one, k * scale[i, j] / scale[i, j + 1]))
-            after_c[i, j] = innovation * sqrt(inverse[i, j]) / scale[i, j + 1]
+                k = r * inverse[i, j]
+                # Rounding may leave the quotient beyond 1, where a long chain would grow.
+                after_rho[i, j] = max(-one, min(one, k * sd[i, j] / sd[i, j + 1]))
+                after_c[i, j] = innovation * sqrt(inverse[i, j]) / sd[i, j + 1]
+            for j in range(latent):
+                s = scale[p, j]
+                after[i, j], sd[i, j] = loc[p, j] + s * mean[i, j], s * sd[i, j]
+        above += rows
 
 
 def condition_backward(
-    rho, c, inverse, known, pulled, mean, scale, after_rho, after_c,
-    of_mean, of_scale, of_after_rho, of_after_c, of_rho, of_c, of_weight, of_shift,
-    start, stop, batch, latent, rhos,
+    loc, scale, rho, c, weight, value, inverse, known, pulled, mean, sd, after_rho, after_c,
+    of_after, of_sd, of_after_rho, of_after_c,
+    of_loc, of_scale, of_rho, of_c, of_weight, of_value,
+    start, stop, batch, latent, natural,
 ):  # fmt: skip
     """Back through (10.4) and (10.3), from the last variable on, then through (10.2).
 
-    What the first sweep leaves for the second is kept where the second puts its results.
+    What one loop leaves for the next is kept where the last puts its results.
     """
-    rho, c = carray(rho, (batch, rhos)), carray(c, (batch, rhos))
-    known, pulled = carray(known, (stop, latent)), carray(pulled, (stop, latent))
-    mean, scale = carray(mean, (stop, latent)), carray(scale, (stop, latent))
-    of_mean, of_scale = carray(of_mean, (stop, latent)), carray(of_scale, (stop, latent))
-    of_weight, of_shift = carray(of_weight, (stop, latent)), carray(of_shift, (stop, latent))
     last = latent - 1
+    loc, scale = carray(loc, (batch, latent)), carray(scale, (batch, latent))
+    rho, c = carray(rho, (batch, last)), carray(c, (batch, last))
+    weight, value = carray(weight, (stop, latent)), carray(value, (stop, latent))
+    known, pulled = carray(known, (stop, latent)), carray(pulled, (stop, latent))
+    mean, sd = carray(mean, (stop, latent)), carray(sd, (stop, latent))
+    of_after, of_sd = carray(of_after, (stop, latent)), carray(of_sd, (stop, latent))
+    of_loc, of_scale = carray(of_loc, (stop, latent)), carray(of_scale, (stop, latent))
+    of_weight, of_value = carray(of_weight, (stop, latent)), carray(of_value, (stop, latent))
     inverse = carray(inverse, (stop, last))
     after_rho, after_c = carray(after_rho, (stop, last)), carray(after_c, (stop, last))
     of_after_rho = carray(of_after_rho, (stop, last))
@@ -183,55 +217,70 @@ def condition_backward(
     half, two = one / type(one)(2), type(one)(2)
     for i in range(start, stop):
         p = i % batch
-        r, innovation = rho[p, 0], c[p, 0]
-        over = one / scale[i, last]
-        lost = of_after_rho[i, last - 1] * after_rho[i, last - 1]
-        lost += of_after_c[i, last - 1] * after_c[i, last - 1]
-        variance = (of_scale[i, last] - lost * over) * half * over
-        centre = of_mean[i, last]
+        # The standard deviation in units of the scale is kept in of_scale.
+        for j in range(latent):
+            of_scale[i, j] = sd[i, j] / scale[p, j]
+            of_value[i, j] = scale[p, j] * of_after[i, j]
+            of_weight[i, j] = half * of_sd[i, j] * scale[p, j] / of_scale[i, j]
+        for j in range(last):
+            k, over = rho[p, j] * inverse[i, j], one / of_scale[i, j + 1]
+            of_weight[i, j] += half * of_after_rho[i, j] * k * over / of_scale[i, j]
+            lost = of_after_rho[i, j] * after_rho[i, j] + of_after_c[i, j] * after_c[i, j]
+            of_rho[i, j] = half * lost * over * over
+        for j in range(last):
+            of_weight[i, j + 1] -= of_rho[i, j]
+        variance, centre = of_weight[i, last], of_value[i, last]
         for j in range(last - 1, -1, -1):
-            if rhos > 1:
-                r, innovation = rho[p, j], c[p, j]
-            share, deviation = inverse[i, j], scale[i, j]
-            root = sqrt(share)
-            k = r * share
-            of_k = of_after_rho[i, j] * over * deviation + mean[i, j] * centre
-            of_k += two * k * deviation * deviation * variance
+            k = rho[p, j] * inverse[i, j]
+            variance = multiply_add(variance, k * k, of_weight[i, j])
+            centre = multiply_add(centre, k, of_value[i, j])
+            of_weight[i, j], of_value[i, j] = variance, centre
+        first = of_scale[i, 0] * of_scale[i, 0]
+        pull = first * centre
+        information = -first * (first * variance + pull * pulled[i, 0])
+        of_weight[i, 0], of_value[i, 0] = information, pull
+        # Of 1 / D: what is known so far in of_scale, what it owes to the pull in of_loc.
+        for j in range(last):
+            r, innovation, share = rho[p, j], c[p, j], inverse[i, j]
+            unit, over, root = of_scale[i, j], one / of_scale[i, j + 1], sqrt(share)
+            variance, centre = of_weight[i, j + 1], of_value[i, j + 1]
+            of_k = of_after_rho[i, j] * over * unit + mean[i, j] * centre
+            of_k += two * r * share * unit * unit * variance
             of_q = variance + pulled[i, j + 1] * centre
             of_root_q = of_after_c[i, j] * over
             damping = one + innovation * innovation * known[i, j + 1]
+            of_share = innovation * (half * of_root_q * root * damping + of_q * innovation)
             of_rho[i, j] = of_k
             of_c[i, j] = of_root_q * root + two * of_q * innovation * share
-            of_weight[i, j + 1] = innovation * (
-                half * of_root_q * root * damping + of_q * innovation
-            )
-            of_shift[i, j + 1] = innovation * innovation * share * centre
-            own = of_scale[i, j] + of_after_rho[i, j] * k * over
-            over = one / deviation
-            if j > 0:
-                lost = of_after_rho[i, j - 1] * after_rho[i, j - 1]
-                lost += of_after_c[i, j - 1] * after_c[i, j - 1]
-                own -= lost * over
-            variance = multiply_add(variance, k * k, half * own * over)
-            centre = multiply_add(centre, k, of_mean[i, j])
-        first = scale[i, 0] * scale[i, 0]
-        pull = first * centre
-        information = -first * (first * variance + pull * pulled[i, 0])
-        of_weight[i, 0], of_shift[i, 0] = information, pull
+            of_scale[i, j] = of_share + of_k * r
+            of_loc[i, j] = pulled[i, j + 1] * r
+            of_value[i, j + 1] = innovation * innovation * share * centre
         for j in range(last):
-            if rhos > 1:
-                r, innovation = rho[p, j], c[p, j]
-            share, later = inverse[i, j], known[i, j + 1]
-            of_k = of_rho[i, j] + pull * pulled[i, j + 1]
-            of_share = of_weight[i, j + 1] + of_k * r
-            of_rho[i, j] = share * (of_k + two * r * later * information)
-            spread = innovation * share
-            of_all = of_share + information * r * r * later
-            of_c[i, j] -= two * spread * share * later * of_all
-            pull = multiply_add(pull, r * share, of_shift[i, j + 1])
-            carried = r * share
-            information = multiply_add(information, carried * carried, -spread * spread * of_share)
-            of_weight[i, j + 1], of_shift[i, j + 1] = information, pull
+            k, spread = rho[p, j] * inverse[i, j], c[p, j] * inverse[i, j]
+            of_share = multiply_add(pull, of_loc[i, j], of_scale[i, j])
+            information = multiply_add(information, k * k, -spread * spread * of_share)
+            pull = multiply_add(pull, k, of_value[i, j + 1])
+            of_weight[i, j + 1], of_value[i, j + 1] = information, pull
+        for j in range(last):
+            r, share, later = rho[p, j], inverse[i, j], known[i, j + 1]
+            information, pull = of_weight[i, j], of_value[i, j]
+            of_rho[i, j] = share * (
+                of_rho[i, j] + pull * pulled[i, j + 1] + two * r * later * information
+            )
+            of_all = of_scale[i, j] + r * (pull * pulled[i, j + 1] + information * r * later)
+            of_c[i, j] -= two * c[p, j] * share * share * later * of_all
+        for j in range(latent):
+            s = scale[p, j]
+            of_loc[i, j] = of_after[i, j]
+            of_s = of_after[i, j] * mean[i, j] + of_sd[i, j] * (sd[i, j] / s)
+            if not natural:
+                _, _, deviation = observed(weight[i, j], value[i, j], loc[p, j], s)
+                of_w, of_h = of_weight[i, j], of_value[i, j]
+                of_weight[i, j] = s * (of_w * s + of_h * deviation)
+                of_value[i, j] = of_h * weight[i, j] * s
+                of_loc[i, j] -= of_h * weight[i, j] * s
+                of_s += weight[i, j] * (two * of_w * s + of_h * deviation)
+            of_scale[i, j] = of_s
 
 
 @cache

@@ -14,6 +14,7 @@ Shapes are those of `ar1`: (*batch, latent) for what belongs to a variable, (*ba
 for what belongs to a step.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +34,18 @@ class Chain(NamedTuple):
 
 
 def condition(
-    rho: Tensor, innovation: Tensor, weight: Tensor, shift: Tensor
+    loc: Tensor,
+    scale: Tensor,
+    rho: Tensor,
+    innovation: Tensor,
+    weight: Tensor,
+    value: Tensor,
+    *,
+    natural: bool = False,
 ) -> tuple[Tensor, Chain]:
-    """The unit chain (1.1), given values u_j ~ N(x_j, 1 / w_j), as a chain again.
+    """loc + scale times the unit chain (1.1), given noisy values of it, as a chain again.
+
+    The unit chain is given u_j ~ N(x_j, 1 / w_j), w_j = scale_j^2 / the variance of the noise:
 
     J_j = w_j + rho_j^2 J_{j+1} / D_j,    D_j = 1 + c_j^2 J_{j+1}             (10.2), notebooks/10
     k_j = rho_j / D_j,    q_j = c_j^2 / D_j,    V_1 = 1 / (1 + J_1)           (10.3), notebooks/10
@@ -46,19 +56,42 @@ def condition(
     near |rho| = 1.
 
     Args:
+        loc, scale: before, (*batch, latent), and (*batch, 1) or (*batch, latent).
         rho: correlations of neighbours before, (*batch, 1) or (*batch, latent - 1), in (-1, 1).
         innovation: sqrt(1 - rho^2), in the shape of rho.
-        weight: w, the precision of the values, (*batch, latent), at least 0; 0 is not observed.
-        shift: w times the values, (*batch, latent). Batch shapes broadcast; the mean, which alone
-            depends on shift, may have a larger one than the rest.
+        weight: precision of the values, (*batch, latent), at least 0; 0 is not observed.
+        value: what was observed, (*batch, latent), in the units of loc; any number or NaN where the
+            weight is 0. Batch shapes broadcast; the mean, which alone depends on the value, may
+            have a larger one than the rest.
+        natural: whether weight and value are w and w u instead.
     Returns:
         The mean, (*batch, latent), and the chain around it.
     """
-    mean, *chain = kernels.condition(_condition, rho, innovation, weight, shift)
+    by_scan = partial(_condition, natural=natural)
+    inputs = loc, scale, rho, innovation, weight, value
+    mean, *chain = kernels.condition(by_scan, *inputs, natural=natural)
     return mean, Chain(*chain)
 
 
 def _condition(
+    loc: Tensor,
+    scale: Tensor,
+    rho: Tensor,
+    innovation: Tensor,
+    weight: Tensor,
+    value: Tensor,
+    natural: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not natural:
+        # Before any product: 0 * nan is nan, in the backward pass too.
+        deviation = torch.where((weight > 0) | value.isfinite(), value, loc) - loc
+        weight = weight * scale.square()
+        value = weight * deviation / scale
+    mean, sd, after_rho, after_innovation = _condition_unit(rho, innovation, weight, value)
+    return loc + scale * mean, scale * sd, after_rho, after_innovation
+
+
+def _condition_unit(
     rho: Tensor, innovation: Tensor, weight: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fresh = innovation.square()

@@ -404,7 +404,8 @@ def test_derivatives_and_derivatives_of_derivatives(latent):
     inputs = [x.requires_grad_() for x in (0.9 * rho, weight, shift)]
 
     def posterior(rho, weight, shift):
-        mean, chain = smoothing.condition(rho, ar1.innovation_scale(rho), weight, shift)
+        inputs = torch.zeros(latent), torch.ones(latent), rho, ar1.innovation_scale(rho)
+        mean, chain = smoothing.condition(*inputs, weight, shift, natural=True)
         return mean, *chain
 
     assert torch.autograd.gradcheck(posterior, inputs, check_batched_grad=True)
@@ -475,7 +476,8 @@ def test_compiled_it_is_the_same(latent=4):
     inputs = [x.requires_grad_() for x in (rho, torch.rand(3, latent), torch.randn(3, latent))]
 
     def posterior(rho, weight, shift):
-        mean, chain = smoothing.condition(rho, ar1.innovation_scale(rho), weight, shift)
+        inputs = torch.zeros(latent), torch.ones(latent), rho, ar1.innovation_scale(rho)
+        mean, chain = smoothing.condition(*inputs, weight, shift, natural=True)
         return mean.sin().sum() + sum(x.cos().sum() for x in chain)
 
     values, gradients = [], []
@@ -737,7 +739,7 @@ def test_the_best_normal_posterior_of_counts_is_a_chain(latent=5):
         return MultivariateNormal(mean, scale_tril=factor + log_diagonal.exp().diag()), dense
 
     def sites(shift, log_weight):
-        return p._given_sites(log_weight.exp(), shift), p
+        return p._observed(log_weight.exp(), shift, natural=True), p
 
     def diagonal(mean, log_scale):
         return Independent(Normal(mean, log_scale.exp()), 1), p
