@@ -5,7 +5,7 @@ a few thousand numbers each pass costs its own start and little else. `loops` pa
 It needs numba (pip install rhovae[fast]), is imported when the first draw asks for it, and keeps
 what it has compiled on disk. What loops over memory cannot do, as other devices and types, function
 transforms, torch.compile and second derivatives, takes the scan of `ar1`, silently and with the
-same numbers to rounding.
+same numbers to rounding. CUDA has kernels of its own, in `gpu`, for those who ask for them: `use`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,16 +25,22 @@ Tensors = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]
 
 _enabled = ContextVar("rhovae.kernels", default=True)
+_gpu = ContextVar("rhovae.kernels.gpu", default=False)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = {torch.float32: "float32", torch.float64: "float64"}
 _WORTH_A_THREAD = 2**18  # numbers, some 0.3 ms of work; a thread takes 0.05 ms to start
 
 
 @contextmanager
-def use(enabled: bool) -> Iterator[None]:
+def use(enabled: bool, *, gpu: bool = False) -> Iterator[None]:
     """Let draws take the compiled loops where they can (the default), or never.
 
     For tests and benchmarks. It holds within the block and in the thread that enters it.
+
+    Args:
+        enabled: whether they may.
+        gpu: whether draws on a CUDA device may likewise take the Triton kernels of `gpu`. These
+            were tested in Triton's interpreter, never yet on a GPU: compare before you rely.
 
     Example::
 
@@ -42,11 +48,12 @@ def use(enabled: bool) -> Iterator[None]:
         >>> with kernels.use(False):
         ...     pass  # draws in here take the scan
     """
-    token = _enabled.set(enabled)
+    tokens = _enabled.set(enabled), _gpu.set(gpu)
     try:
         yield
     finally:
-        _enabled.reset(token)
+        _enabled.reset(tokens[0])
+        _gpu.reset(tokens[1])
 
 
 def draw(
@@ -66,7 +73,9 @@ def draw(
     """
     inputs = loc, scale, noise, rho, innovation
     # torch.compile decides the first question itself, and never looks at what follows.
-    if torch.compiler.is_compiling() or not (_enabled.get() and _fit(*inputs) and _loops()):
+    if torch.compiler.is_compiling() or not (
+        _enabled.get() and _fit(*inputs) and (noise.is_cuda or _loops())
+    ):
         return _by_scan(*inputs)
     if torch.is_grad_enabled():
         return _Draw.apply(*inputs)
@@ -85,9 +94,13 @@ def _by_scan(
 def _fit(loc: Tensor, scale: Tensor, noise: Tensor, rho: Tensor, innovation: Tensor | None) -> bool:
     """Whether the loops can read these numbers: their place, type and shapes."""
     batch, latent = loc.shape[:-1], loc.shape[-1]
+    on = noise.device if noise.is_cuda and _gpu.get() else None
     return (
-        _readable(loc, scale, noise, rho)
-        and (innovation is None or (_readable(rho, innovation) and innovation.shape == rho.shape))
+        _readable(loc, scale, noise, rho, on=on)
+        and (
+            innovation is None
+            or (_readable(rho, innovation, on=on) and innovation.shape == rho.shape)
+        )
         and not noise.requires_grad
         and latent > 1
         and noise.numel() > 0
@@ -117,7 +130,8 @@ class _Draw(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_z: Tensor) -> Gradients:
         *inputs, x = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _readable(x, of_z):
+        on = x.device if x.is_cuda else None
+        if torch.is_grad_enabled() or not _readable(x, of_z, on=on):
             return _backward_by_scan(_by_scan, ctx.needs_input_grad, inputs, (of_z,))
         return _backward(inputs, x, of_z)
 
@@ -256,8 +270,13 @@ def _run(name: str, tensors: Tensors, like: Tensor, batch: int, *sizes: int) -> 
         batch: number of rows of the parameters, which repeat.
         sizes: what else the loop wants to know.
     """
-    function = _loops().compiled(name, _NUMBERS[like.dtype])
     held = [t.contiguous() for t in tensors]
+    if like.is_cuda:
+        from . import gpu
+
+        gpu.run(name, held, like, batch, *sizes)
+        return
+    function = _loops().compiled(name, _NUMBERS[like.dtype])
     addresses = [t.data_ptr() for t in held]
     numbers, latent = like.numel(), like.shape[-1]
     rows = numbers // latent
@@ -281,8 +300,9 @@ def _run(name: str, tensors: Tensors, like: Tensor, batch: int, *sizes: int) -> 
         thread.join()
 
 
-def _readable(*tensors: Tensor) -> bool:
-    """Whether these are numbers of one type in memory, and nobody follows what becomes of them.
+def _readable(*tensors: Tensor, on: torch.device | None = None) -> bool:
+    """Whether these are numbers of one type in the memory of the CPU, or on that device, and nobody
+    follows what becomes of them.
 
     Function transforms, modes that watch operations, and tracers do. It is asked in each draw.
     """
@@ -290,7 +310,9 @@ def _readable(*tensors: Tensor) -> bool:
     if dtype not in _NUMBERS:
         return False
     for t in tensors:
-        if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu or t.is_neg():
+        if type(t) not in _PLAIN or t.dtype is not dtype or t.is_neg():
+            return False
+        if t.device != on if on else not t.is_cpu:
             return False
         if not torch._C._has_storage(t):  # a sparse one has none, nor one that stands for a batch
             return False

@@ -426,3 +426,60 @@ def test_conditioning_is_the_same_with_and_without_gradients(grad):
         q = p.condition(value, precision=weight)
     for name in ("mean", "stddev", "rho", "innovation_scale"):
         torch.testing.assert_close(getattr(q, name), getattr(expected, name))
+
+
+TRITON = """
+import torch
+from rhovae import AR1Normal, gpu, kernels
+
+def draw(inputs, name, sample_shape, enabled):
+    torch.manual_seed(5)
+    with kernels.use(enabled):
+        z = AR1Normal(*inputs[:2], **{name: inputs[2]}).rsample(sample_shape)
+    return z, *torch.autograd.grad(z, inputs, torch.randn(z.shape, dtype=z.dtype))
+
+kernels._loops = lambda: True
+runs = []
+kernels._run = lambda name, tensors, *rest: (
+    runs.append(name) or gpu.run(name, [t.contiguous() for t in tensors], *rest)
+)
+gpu._LONGEST_BLOCK = 8  # three blocks, and then one
+for dtype, tolerance in (torch.float32, 1e-5), (torch.float64, 1e-13):
+    for latent, scaled, stepped in (17, 0, 0), (17, 1, 0), (17, 0, 1), (17, 1, 1), (2, 0, 0):
+        for name in "rho", "fisher_z":
+            shapes = (3, latent), (3, latent if scaled else 1), (3, latent - 1 if stepped else 1)
+            inputs = [(1.8 * torch.rand(shape) - 0.9).to(dtype) for shape in shapes]
+            inputs = [inputs[0], inputs[1].exp(), inputs[2]]
+            inputs = [t.requires_grad_() for t in inputs]
+            expected = draw(inputs, name, (2,), False)
+            runs.clear()
+            for a, b in zip(draw(inputs, name, (2,), True), expected):
+                torch.testing.assert_close(a, b, rtol=0, atol=tolerance * latent)
+            assert runs == ["forward", "backward"]
+print("agrees")
+"""
+
+
+def test_the_triton_kernels_draw_what_the_scan_draws_in_triton_s_interpreter():
+    pytest.importorskip("triton")
+    assert in_a_process(TRITON, TRITON_INTERPRET="1").split()[-1] == "agrees"
+
+
+def test_the_triton_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+    pytest.importorskip("triton")
+    code = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from rhovae import gpu
+for kernel in gpu.forward, gpu.backward:
+    for number in "*fp32", "*fp64":
+        for shared in True, False:
+            fixed = {"BLOCK": 64, "known": shared}
+            fixed |= {"scales": 1 if shared else 50, "rhos": 1 if shared else 49}
+            kinds = {name: number for name in kernel.arg_names} | {"batch": "i32", "latent": "i32"}
+            kinds |= dict.fromkeys(fixed, "constexpr")
+            target = GPUTarget("cuda", 80, 32)
+            print("ptx" in triton.compile(ASTSource(kernel, kinds, fixed), target).asm)
+"""
+    assert in_a_process(code, TRITON_CACHE_DIR=str(tmp_path)).split() == ["True"] * 8
