@@ -234,7 +234,8 @@ class AR1Normal(Distribution):
         batch_shape = torch.Size(batch_shape)
         new._given = "fisher_z" if "_innovation" in known else self._given
         for name, value in known.items():
-            new.__dict__[name] = value.expand(*batch_shape, -1)
+            same = value.shape[:-1] == batch_shape
+            new.__dict__[name] = value if same else value.expand(*batch_shape, -1)
         super(AR1Normal, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -469,7 +470,9 @@ class AR1Normal(Distribution):
 
     def _with_chain(self, loc: Tensor, chain: smoothing.Chain) -> "Self":
         """One of this class, unchecked; its fisher_z follows when it is asked for."""
-        batch_shape = torch.broadcast_shapes(loc.shape[:-1], *(part.shape[:-1] for part in chain))
+        batch_shape = loc.shape[:-1]
+        if any(part.shape[:-1] != batch_shape for part in chain):
+            batch_shape = torch.broadcast_shapes(batch_shape, *(part.shape[:-1] for part in chain))
         known = {"scale": chain.scale, "rho": chain.rho, "_innovation": chain.innovation}
         return self._remade(batch_shape, loc=loc, **known)
 
