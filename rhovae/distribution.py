@@ -23,7 +23,7 @@ from torch.types import _size
 from . import ar1, kernels, smoothing
 
 if TYPE_CHECKING:
-    from typing_extensions import Self  # typing has it from Python 3.11 on
+    from typing import Self  # which Python 3.10 does not have, nor need
 
 
 class _OpenInterval(constraints.interval):
