@@ -226,8 +226,7 @@ def nuts(counts: Tensor, draws: int = 500, warmup: int = 200, chains: int = 4) -
         samples.append(mcmc.get_samples())
         divergences += len(mcmc.diagnostics()["divergences"]["chain 0"])
     theta, u = (torch.stack([s[name] for s in samples]) for name in ("theta", "u"))
-    log_rate = torch.stack([
-        sampler.log_joint(*pair)[1] for pair in zip(theta.flatten(0, 1), u.flatten(0, 1), strict=True)
-    ])  # fmt: skip
+    pairs = zip(theta.flatten(0, 1), u.flatten(0, 1), strict=True)
+    log_rate = torch.stack([sampler.log_joint(*pair)[1] for pair in pairs])
     found = dict(zip(PRIORS, theta.unbind(-1), strict=True))
     return found | {"log_rate": log_rate.unflatten(0, theta.shape[:2]), "divergences": divergences}

@@ -276,7 +276,7 @@ def coverage(q: Belief, rate: float, log_rate: Tensor, window: int = 50) -> tupl
 
 
 def maximum_likelihood(
-    counts: Tensor, log_rate: Tensor, draws: int = 6000, seed: int = 10_000
+    counts: Tensor, log_rate: Tensor, draws: int = 6000, enough: int = 50, seed: int = 10_000
 ) -> dict:
     """Time constant, scale and rate of the largest likelihood: one Newton step from the best chain.
 
@@ -286,33 +286,37 @@ def maximum_likelihood(
     wander off to where a few draws weigh most.
 
     Args:
+        enough: effective number of draws that every series must have, else they are made anew.
         seed: of the draws. Not that of the counts: noise that made them would come back in a draw,
             which then fits better than any draw of q should.
     Returns:
-        Like `run`, with the Monte Carlo standard errors of log time constant, log scale and rate, and
-        the effective number of draws of the worst and the median series.
+        Like `run`, with the Monte Carlo standard errors of log time constant, log scale and rate,
+        and the effective number of draws of the worst and the median series.
     """
     found = fit(counts, "stepped", tolerance=1e-4)
-    theta = torch.tensor([math.log(found.time_constant), math.log(found.scale), found.rate])
-    theta = theta.to(counts)
-    sums = _sums_of_draws(counts, posterior("stepped", found.free, found.prior), draws, seed)
+    start = torch.tensor([math.log(found.time_constant), math.log(found.scale), found.rate])
+    start, small = start.to(counts), 1e-4 * torch.eye(3).to(counts)
+    q = posterior("stepped", found.free, found.prior)
+    for attempt in range(5):  # now and then one draw outweighs the rest
+        sums = _sums_of_draws(counts, q, draws, seed + 1000 * attempt)
 
-    def evidence(theta: Tensor) -> Tensor:
-        return (_log_weights(counts, theta, sums).logsumexp(1) - math.log(draws)).sum()
+        def evidence(theta: Tensor, sums=sums) -> Tensor:
+            return (_log_weights(counts, theta, sums).logsumexp(1) - math.log(draws)).sum()
 
-    weights = _log_weights(counts, theta, sums).softmax(1)
-    small = 1e-4 * torch.eye(3).to(theta)
-    scores = torch.stack([
-        _log_weights(counts, theta + h, sums) - _log_weights(counts, theta - h, sums)
-        for h in small
-    ]) / 2e-4  # fmt: skip
-    terms = (weights - 1 / draws) * (scores - (weights * scores).sum(-1, keepdim=True))
-    gradient = ((weights - 1 / draws) * scores).sum((1, 2))
-    curvature = -torch.autograd.functional.hessian(evidence, theta)
-    noise = torch.linalg.solve(curvature, terms.flatten(1)).square().sum(-1).sqrt()
-    theta = theta + torch.linalg.solve(curvature, gradient)
-    weights = _log_weights(counts, theta, sums).softmax(1)
-    effective = 1 / weights.square().sum(1)
+        weights = _log_weights(counts, start, sums).softmax(1)
+        scores = torch.stack([
+            _log_weights(counts, start + h, sums) - _log_weights(counts, start - h, sums)
+            for h in small
+        ]) / 2e-4  # fmt: skip
+        terms = (weights - 1 / draws) * (scores - (weights * scores).sum(-1, keepdim=True))
+        gradient = ((weights - 1 / draws) * scores).sum((1, 2))
+        curvature = -torch.autograd.functional.hessian(evidence, start)
+        noise = torch.linalg.solve(curvature, terms.flatten(1)).square().sum(-1).sqrt()
+        theta = start + torch.linalg.solve(curvature, gradient)
+        weights = _log_weights(counts, theta, sums).softmax(1)
+        effective = 1 / weights.square().sum(1)
+        if effective.min() > enough:
+            break
     windows = log_rate.unflatten(-1, (-1, 50)).mean(-1)
     order = sums["windows"].sort(1)
     share = weights.unsqueeze(-1).expand_as(order.indices).gather(1, order.indices).cumsum(1)

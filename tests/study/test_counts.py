@@ -154,6 +154,25 @@ def test_the_likelihood_of_one_step_is_an_integral():
     assert ((estimate - exact).abs() < 5 * error).all() and error.max() < 0.03
 
 
+def test_one_newton_step_goes_where_the_likelihood_is_largest():
+    """Series of one step: the likelihood is an integral, maximised here over scale and rate."""
+    counts, log_rate = study.simulate(1e-2, 0.5, seed=4, series=64, steps=50)
+    z = torch.linspace(-7, 7, 401).unsqueeze(-1)
+
+    def exact(log_scale, rate):
+        values, times = counts.unique(return_counts=True)
+        terms = Poisson((rate + log_scale.exp() * z).exp()).log_prob(values)
+        return ((terms + Normal(0.0, 1.0).log_prob(z)).logsumexp(0) * times).sum()
+
+    at = [torch.zeros((), requires_grad=True) for _ in range(2)]
+    study.ascend(at, lambda: exact(*at), tolerance=1e-6)
+    found = study.maximum_likelihood(counts, log_rate)
+    errors = found["monte_carlo_errors"]
+    assert abs(math.log(found["scale"]) - at[0].item()) < 5 * errors[1] + 2e-3
+    assert abs(found["rate"] - at[1].item()) < 5 * errors[2] + 2e-3
+    assert max(errors[1:]) < 5e-3
+
+
 def test_coverage_of_the_right_posterior_is_ninety_per_cent():
     """Intervals of the prior, for what was drawn from it."""
     _, log_rate = study.simulate(9.5, 0.5, seed=2, series=2000, steps=100)
