@@ -185,7 +185,7 @@ def test_every_cited_equation_is_in_its_notebook():
         tags.update(found)
         texts[path.name] = prose
     for name, text in texts.items():
-        missing = set(re.findall(r"\((\d{1,2}\.\d{1,2})\)", text)) - tags
+        missing = set(re.findall(r"(?<!\w)\((\d{1,2}\.\d{1,2})\)", text)) - tags
         assert not missing, f"{name} cites {missing}, which no notebook has"
 
 
@@ -198,7 +198,7 @@ def test_every_public_formula_cites_its_equation():
             functions += [n for n in node.body if isinstance(n, ast.FunctionDef)]
         formulas = {n.name: ast.get_docstring(n) or "" for n in functions}
         plain = {"expand", "rho", "fisher_z", "mean", "mode", "stddev", "variance",
-                 "sum_steps"}  # fmt: skip
+                 "sum_steps", "window"}  # fmt: skip
         for name, text in formulas.items():
             if not name.startswith("_") and name not in plain:
                 assert re.search(r"\(\d+\.\d+\)", text), f"{module}.{name} cites no equation"
@@ -211,9 +211,9 @@ def test_pre_commit_lints_with_the_version_of_the_constraints():
 
 
 def test_what_the_readme_says_of_the_families_is_in_the_records():
-    """Behind by more than one nat and almost three; two nats on one of two sets by rows."""
+    """Behind by more than one nat and almost three."""
     from rhovae.study.data import DATA_FOLDER
-    from rhovae.study.records import by_posterior, load_records, paired_difference, student_interval
+    from rhovae.study.records import by_posterior, load_records, paired_difference
 
     def ahead(grid, dataset, posterior, latent):
         records = load_records(DATA_FOLDER / "results" / grid, dataset=dataset, latent=latent)
@@ -236,10 +236,6 @@ def test_what_the_readme_says_of_the_families_is_in_the_records():
     assert 2.5 < ahead("families", "fashion-mnist", "ar1", 20).mean() < 3
     for dataset, said in {"mnist": 5, "fashion-mnist": 8}.items():
         assert round(ahead("families", dataset, "ar1", 50).mean()) == said
-    assert "perhaps, by two nats on one of two sets, in a VAE with one latent variable per" in text
-    fashion, mnist = (ahead("rows", d, "ar1-stepped", 28) for d in ("fashion-mnist", "mnist"))
-    assert -2.5 < fashion.mean() < -1.5 and student_interval(fashion)[1] < 0
-    assert student_interval(mnist)[1] > 0
 
 
 def test_what_the_readme_says_of_time_is_in_the_records():
