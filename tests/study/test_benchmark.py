@@ -28,7 +28,7 @@ def test_draws_from_the_same_noise_agree(name, latent):
     torch.testing.assert_close(found[:compared], expected[:compared])
 
 
-@pytest.mark.parametrize("name", set(draws.FAMILIES) - {"diagonal"})
+@pytest.mark.parametrize("name", [f for f in draws.FAMILIES if f != "diagonal"])
 def test_draws_from_the_same_seed_agree(name):
     inputs = draws.parameters(4, 13)
     expected = values_and_gradients(draws.FAMILIES["loop"], inputs)
