@@ -65,7 +65,12 @@ def assemble(source: Path) -> None:
     link_equations(sorted((source / "notebooks").glob("*.ipynb")))
     names = sorted(path.stem for path in (source / "notebooks").glob("*.ipynb"))
     contents = CONTENTS.format(notebooks="\n".join(f"notebooks/{name}" for name in names))
-    readme = (ROOT / "README.md").read_text().replace("](rhovae)", "](api.md)")
+    readme = (
+        (ROOT / "README.md")
+        .read_text()
+        .replace("](rhovae)", "](api.md)")
+        .replace("](rhovae/study)", "](api.md)")
+    )
     (source / "index.md").write_text(readme + contents)
 
 
