@@ -9,7 +9,6 @@ second: as many as there are processors, and at most four. For the full sets the
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -43,7 +42,7 @@ def run(path: Path, out: Path, parameters: dict) -> None:
     if process.returncode and not stopped.is_set():
         stopped.set()
         for other in list(running):
-            other.send_signal(signal.SIGINT)
+            other.terminate()  # not SIGINT, which what runs in the background ignores
         raise SystemExit(errors.strip() or f"{path.name} ended with {process.returncode}.")
 
 
