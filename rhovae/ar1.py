@@ -83,6 +83,11 @@ def from_fisher_z(fisher_z: Tensor) -> FromFisherZ:
     return FromFisherZ(*_FisherZ.apply(fisher_z))
 
 
+def saturation(dtype: torch.dtype) -> int:
+    """A whole M such that exp(-2 M) is less than the last digit of 1."""
+    return math.ceil(1 - math.log(torch.finfo(dtype).eps) / 2)
+
+
 class _FisherZ(torch.autograd.Function):
     """tanh, sech and log sech^2 at once, with the derivatives
 
@@ -97,7 +102,7 @@ class _FisherZ(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor) -> tuple[Tensor, ...]:
         decay = torch.exp(-a.abs())  # cosh overflows long before sech underflows
-        limit = 1 - math.log(torch.finfo(a.dtype).eps) / 2  # exp(-2 |a|) is less than a digit there
+        limit = saturation(a.dtype)
         near = a.clamp(-limit, limit)
         log = -torch.log1p(near.sinh().square()) - 2 * (a - near).abs()
         return a.tanh(), 2 * decay / (1 + decay.square()), log

@@ -242,7 +242,7 @@ class AR1Normal(Distribution):
 
     @lazy_property
     def _from_fisher_z(self) -> ar1.FromFisherZ:
-        return ar1.from_fisher_z(self.fisher_z)
+        return kernels.from_fisher_z(self.fisher_z)
 
     @lazy_property
     def rho(self) -> Tensor:

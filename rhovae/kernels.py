@@ -28,6 +28,7 @@ _enabled = ContextVar("rhovae.kernels", default=True)
 _gpu = ContextVar("rhovae.kernels.gpu", default=False)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = {torch.float32: "float32", torch.float64: "float64"}
+_FEW = 2**11  # numbers
 _WORTH_A_THREAD = 2**18  # numbers, some 0.3 ms of work; a thread takes 0.05 ms to start
 
 
@@ -157,6 +158,42 @@ def _backward(inputs: Sequence[Any], x: Tensor, of_z: Tensor) -> Gradients:
         ar1._sum_to(rho.shape, of_rho),
         ar1._sum_to(rho.shape, of_c) if known else None,
     )
+
+
+def from_fisher_z(fisher_z: Tensor) -> ar1.FromFisherZ:
+    """`ar1.from_fisher_z`, compiled where it can be.                  (3.8) to (3.10), notebooks/03
+
+    Only for a few numbers, as a shared rho has, where single operations cost their own start and
+    little else; of many, torch takes several logarithms at once.
+    """
+    if torch.compiler.is_compiling() or not (
+        _enabled.get() and 0 < fisher_z.numel() <= _FEW and _readable(fisher_z) and _loops()
+    ):
+        return ar1.from_fisher_z(fisher_z)
+    return ar1.FromFisherZ(*_FisherZ.apply(fisher_z))
+
+
+class _FisherZ(torch.autograd.Function):
+    """The compiled tanh, sech and log sech^2; else as in _Draw."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensors:
+        given = a.contiguous()
+        rho, c, log = (_empty_like(given) for _ in range(3))
+        limit = ar1.saturation(a.dtype)
+        _run("fisher_z", (given, rho, c, log), given, _batch(given), limit)
+        ctx.save_for_backward(a, rho, c)
+        return rho, c, log
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor | None:
+        a, rho, c = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _readable(rho, *gradients):
+            by_scan = ar1.from_fisher_z
+            return _backward_by_scan(by_scan, ctx.needs_input_grad, (a,), gradients)[0]
+        of_a = _empty_like(rho)
+        _run("fisher_z_backward", (rho, c, *gradients, of_a), rho, _batch(rho))
+        return of_a
 
 
 def condition(by_scan: Callable[..., Tensors], *inputs: Tensor, natural: bool) -> Tensors:

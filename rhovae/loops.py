@@ -15,12 +15,12 @@ and imports this module then. A chain is a row; there are `rows` of noise, and p
 from ctypes import CFUNCTYPE, c_int64, c_void_p
 from functools import cache
 from inspect import signature
-from math import isfinite, sqrt
+from math import exp, isfinite, log1p, sinh, sqrt, tanh
 from typing import Any
 
 from numba import carray, cfunc, njit, types
 
-ROWS = 4  # swept side by side
+ROWS = 4  # swept side by side: each step waits for the one before, but not for other rows'
 
 
 @njit(fastmath={"contract"})
@@ -36,6 +36,58 @@ def innovation_scale(rho):
     return type(rho)(sqrt((one - rho) * (one + rho)))
 
 
+@njit
+def slope(rho):
+    """The derivative of the innovation scale, -rho / c."""
+    return -(rho / innovation_scale(rho))
+
+
+@njit
+def at(values, rows, j):
+    """Column j of these rows."""
+    a, b, c, d = rows
+    return values[a, j], values[b, j], values[c, j], values[d, j]
+
+
+@njit
+def put(values, rows, j, column):
+    a, b, c, d = rows
+    values[a, j], values[b, j], values[c, j], values[d, j] = column
+
+
+@njit
+def each_product(x, y):
+    return x[0] * y[0], x[1] * y[1], x[2] * y[2], x[3] * y[3]
+
+
+@njit
+def each_sum(x, y):
+    return x[0] + y[0], x[1] + y[1], x[2] + y[2], x[3] + y[3]
+
+
+@njit
+def each_multiply_add(x, rho, u):
+    return (
+        multiply_add(x[0], rho[0], u[0]),
+        multiply_add(x[1], rho[1], u[1]),
+        multiply_add(x[2], rho[2], u[2]),
+        multiply_add(x[3], rho[3], u[3]),
+    )
+
+
+@njit
+def each(function, x):
+    return function(x[0]), function(x[1]), function(x[2]), function(x[3])
+
+
+@njit
+def side_by_side(above, stop, batch):
+    """Four rows from `above` on and where their parameters are. After the last, the last again."""
+    last = stop - 1
+    rows = above, min(above + 1, last), min(above + 2, last), min(above + 3, last)
+    return rows, (rows[0] % batch, rows[1] % batch, rows[2] % batch, rows[3] % batch)
+
+
 def forward(loc, scale, rho, c, noise, x, z, start, stop, batch, latent, scales, rhos, known):
     """Rows start to stop of x and z. Where c is not `known`, it follows from rho."""
     loc, scale = carray(loc, (batch, latent)), carray(scale, (batch, scales))
@@ -45,18 +97,22 @@ def forward(loc, scale, rho, c, noise, x, z, start, stop, batch, latent, scales,
         carray(x, (stop, latent)),
         carray(z, (stop, latent)),
     )
-    for i in range(start, stop):
-        p = i % batch
-        chain = noise[i, 0]
-        x[i, 0], z[i, 0] = chain, loc[p, 0] + scale[p, 0] * chain
-        r = rho[p, 0]
-        innovation = c[p, 0] if known else innovation_scale(r)
+    for above in range(start, stop, ROWS):
+        i, p = side_by_side(above, stop, batch)
+        chain = at(noise, i, 0)
+        put(x, i, 0, chain)
+        r = at(rho, p, 0)
+        innovation = at(c, p, 0) if known else each(innovation_scale, r)
         for j in range(1, latent):
             if rhos > 1:
-                r = rho[p, j - 1]
-                innovation = c[p, j - 1] if known else innovation_scale(r)
-            chain = multiply_add(chain, r, innovation * noise[i, j])
-            x[i, j], z[i, j] = chain, loc[p, j] + scale[p, j if scales > 1 else 0] * chain
+                r = at(rho, p, j - 1)
+                innovation = at(c, p, j - 1) if known else each(innovation_scale, r)
+            chain = each_multiply_add(chain, r, each_product(innovation, at(noise, i, j)))
+            put(x, i, j, chain)
+        for i in range(above, min(above + ROWS, stop)):  # x and z may be one
+            p = i % batch
+            for j in range(latent):
+                z[i, j] = loc[p, j] + scale[p, j if scales > 1 else 0] * x[i, j]
 
 
 def backward(
@@ -83,36 +139,65 @@ def backward(
         carray(of_c, (stop, rhos)),
     )
     last = latent - 1
-    for i in range(start, stop):
-        p = i % batch
-        r = rho[p, 0]
-        sum_scale = sum_rho = sum_c = 0.0
-        later = type(r)(0)
+    for above in range(start, stop, ROWS):
+        i, p = side_by_side(above, stop, batch)
+        sum_scale = sum_rho = sum_c = (0.0, 0.0, 0.0, 0.0)
+        s, r = at(scale, p, 0), at(rho, p, 0)
+        later = each_product(s, (0, 0, 0, 0))
         for j in range(last, -1, -1):
-            s = scale[p, j if scales > 1 else 0]
+            given, chain = at(of_z, i, j), at(x, i, j)
             if scales > 1:
-                of_scale[i, j] = of_z[i, j] * x[i, j]
+                s = at(scale, p, j)
+                put(of_scale, i, j, each_product(given, chain))
             else:
-                sum_scale += of_z[i, j] * x[i, j]
+                sum_scale = each_sum(sum_scale, each_product(given, chain))
             if j < last:
-                along, across = later * x[i, j], later * noise[i, j + 1]
-                if rhos > 1:
-                    r = rho[p, j]
-                    if known:
-                        of_rho[i, j], of_c[i, j] = along, across
-                    else:
-                        of_rho[i, j] = along - across * (r / innovation_scale(r))
+                along, across = each_product(later, chain), each_product(later, at(noise, i, j + 1))
+                if rhos == 1:
+                    sum_rho, sum_c = each_sum(sum_rho, along), each_sum(sum_c, across)
                 else:
-                    sum_rho += along
-                    sum_c += across
-            later = multiply_add(later, r, s * of_z[i, j])
+                    r = at(rho, p, j)
+                    if known:
+                        put(of_c, i, j, across)
+                    else:
+                        along = each_sum(along, each_product(across, each(slope, r)))
+                    put(of_rho, i, j, along)
+            later = each_multiply_add(later, r, each_product(s, given))
         if scales == 1:
-            of_scale[i, 0] = sum_scale
+            put(of_scale, i, 0, sum_scale)
         if rhos == 1:
             if known:
-                of_rho[i, 0], of_c[i, 0] = sum_rho, sum_c
+                put(of_c, i, 0, sum_c)
             else:
-                of_rho[i, 0] = sum_rho - sum_c * (r / innovation_scale(r))
+                sum_rho = each_sum(sum_rho, each_product(sum_c, each(slope, r)))
+            put(of_rho, i, 0, sum_rho)
+
+
+def fisher_z(a, rho, c, log, start, stop, batch, latent, limit):
+    """Rows start to stop of `ar1.from_fisher_z`: (3.8) and (3.9), with M the `limit`."""
+    a, rho = carray(a, (stop, latent)), carray(rho, (stop, latent))
+    c, log = carray(c, (stop, latent)), carray(log, (stop, latent))
+    one = type(a[0, 0])(1)
+    for i in range(start, stop):
+        for j in range(latent):
+            size = abs(a[i, j])
+            near = min(size, type(one)(limit))
+            decay, height = exp(-size), sinh(near)
+            rho[i, j] = tanh(a[i, j])
+            c[i, j] = (decay + decay) / (one + decay * decay)
+            beyond = size - near
+            log[i, j] = -log1p(height * height) - (beyond + beyond)
+
+
+def fisher_z_backward(rho, c, of_rho, of_c, of_log, of_a, start, stop, batch, latent):
+    """Rows start to stop of the derivative, (3.10)."""
+    rho, c = carray(rho, (stop, latent)), carray(c, (stop, latent))
+    of_rho, of_c = carray(of_rho, (stop, latent)), carray(of_c, (stop, latent))
+    of_log, of_a = carray(of_log, (stop, latent)), carray(of_a, (stop, latent))
+    for i in range(start, stop):
+        for j in range(latent):
+            along = c[i, j] * (of_rho[i, j] * c[i, j] - of_c[i, j] * rho[i, j])
+            of_a[i, j] = along - (of_log[i, j] + of_log[i, j]) * rho[i, j]
 
 
 @njit

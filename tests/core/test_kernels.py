@@ -1,5 +1,6 @@
 """The compiled loops against the scan: the same numbers, where it runs and where it must not."""
 
+import math
 import os
 import subprocess
 import sys
@@ -22,9 +23,9 @@ GRADIENTS = {torch.float32: 1e-5, torch.float64: 1e-13}
 
 @pytest.fixture
 def compiled_runs(monkeypatch):
-    """A list that grows with each run of a compiled loop."""
+    """The names of the compiled loops that have run."""
     runs, run = [], kernels._run
-    monkeypatch.setattr(kernels, "_run", lambda *inputs: runs.append(inputs) or run(*inputs))
+    monkeypatch.setattr(kernels, "_run", lambda *inputs: runs.append(inputs[0]) or run(*inputs))
     return runs
 
 
@@ -86,7 +87,8 @@ def test_it_draws_what_the_scan_draws(latent, rho, scaled, stepped, fisher_z, dt
         inputs = numbers(latent, rho, batch, scaled, stepped, fisher_z, dtype)
         compiled_runs.clear()
         assert_agrees_with_scan(inputs, name, sample_shape)
-        assert len(compiled_runs) == (0 if latent == 1 or 0 in batch else 2)
+        draws = [run for run in compiled_runs if "fisher_z" not in run]
+        assert len(draws) == (0 if latent == 1 or 0 in batch else 2)
 
 
 @pytest.mark.parametrize("dtype", list(DRAWS), ids=str)
@@ -95,6 +97,37 @@ def test_where_rho_rounds_to_one(fisher_z, dtype):
     inputs = numbers(17, 0.5, (3,), False, False, True, dtype)
     inputs[2] = torch.full((3, 1), fisher_z, dtype=dtype, requires_grad=True)
     assert all(t.isfinite().all() for t in assert_agrees_with_scan(inputs, "fisher_z", (2,)))
+
+
+@pytest.mark.parametrize("dtype", list(DRAWS), ids=str)
+def test_fisher_z_is_that_of_single_operations(dtype, compiled_runs):
+    size = torch.logspace(-30, 2.5, 400, dtype=dtype)
+    a = torch.cat([-size, size.new_tensor([0.0, -0.0, 8.5, 9.0, 9.5, 19.5, 20.5]), size])
+    # Beyond them sech and its products are subnormal numbers, of few digits.
+    a = a[a.abs() < -math.log(torch.finfo(dtype).tiny) - 3].unsqueeze(-1).requires_grad_()
+    weights = torch.randn(3, *a.shape, dtype=dtype)
+    found, expected = kernels.from_fisher_z(a), ar1.from_fisher_z(a)
+    assert compiled_runs == ["fisher_z"]
+    digits, tiny = 8 * torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    for value, other, weight in zip(found, expected, weights, strict=True):
+        torch.testing.assert_close(value, other, rtol=digits, atol=tiny)
+        gradients = (torch.autograd.grad(v, a, weight, retain_graph=True) for v in (value, other))
+        torch.testing.assert_close(*gradients, rtol=digits, atol=tiny)
+    assert compiled_runs == ["fisher_z", *["fisher_z_backward"] * 3]
+
+
+def test_derivatives_of_fisher_z_and_their_derivatives(compiled_runs):
+    a = torch.linspace(-6, 6, 49).unsqueeze(-1).requires_grad_()
+    assert torch.autograd.gradcheck(kernels.from_fisher_z, a)
+    assert "fisher_z_backward" in compiled_runs
+    assert torch.autograd.gradgradcheck(kernels.from_fisher_z, a)
+
+
+def test_many_fisher_z_take_single_operations(compiled_runs):
+    kernels.from_fisher_z(torch.zeros(kernels._FEW + 1, 1))
+    kernels.from_fisher_z(torch.zeros(3, 1, dtype=torch.float16))
+    torch.func.jacrev(lambda a: kernels.from_fisher_z(a).rho)(torch.zeros(3, 1))
+    assert not compiled_runs
 
 
 def test_it_is_the_recursion():
@@ -439,6 +472,7 @@ def draw(inputs, name, sample_shape, enabled):
     return z, *torch.autograd.grad(z, inputs, torch.randn(z.shape, dtype=z.dtype))
 
 kernels._loops = lambda: True
+kernels._FEW = 0  # of Fisher's z there is no kernel
 runs = []
 kernels._run = lambda name, tensors, *rest: (
     runs.append(name) or gpu.run(name, [t.contiguous() for t in tensors], *rest)
