@@ -43,6 +43,18 @@ def slope(rho):
 
 
 @njit
+def damped(x):
+    """1 / (1 + x)"""
+    one = type(x)(1)
+    return one / (one + x)
+
+
+@njit
+def negative(x):
+    return -x
+
+
+@njit
 def at(values, rows, j):
     """Column j of these rows."""
     a, b, c, d = rows
@@ -213,8 +225,8 @@ def condition(
 ):  # fmt: skip
     """`smoothing.condition`, (10.2) to (10.4), with 1 / D, J, H and m beside its results.
 
-    A few rows side by side, as the next division of each waits for its last. What has no such
-    wait stands in loops of its own, which the compiler makes several steps of at once.
+    What does not wait for the step before stands in loops of its own, row by row, of which the
+    compiler takes several steps at once.
     """
     last = latent - 1
     loc, scale = carray(loc, (batch, latent)), carray(scale, (batch, latent))
@@ -229,37 +241,38 @@ def condition(
     inverse = carray(inverse, (stop, last))
     after_rho, after_c = carray(after_rho, (stop, last)), carray(after_c, (stop, last))
     one = type(rho[0, 0])(1)
-    above = start
-    while above < stop:
-        # Rows whose parameters are neighbours too, or, in a batch of 1, the same.
-        first = above % batch
-        rows = min(ROWS, stop - above, batch - first if batch > 1 else ROWS)
-        for n in range(rows):
-            i, p = above + n, min(first + n, batch - 1)
+    for above in range(start, stop, ROWS):
+        for i in range(above, min(above + ROWS, stop)):
+            p = i % batch
             for j in range(latent):
                 w, h = weight[i, j], value[i, j]
                 if not natural:
                     w, h, _ = observed(w, h, loc[p, j], scale[p, j])
                 known[i, j], pulled[i, j] = w, h
+        rows, where = side_by_side(above, stop, batch)
+        w, h = at(known, rows, last), at(pulled, rows, last)
         for j in range(last - 1, -1, -1):
-            for n in range(rows):
-                i, p = above + n, min(first + n, batch - 1)
-                r, innovation = rho[p, j], c[p, j]
-                share = one / multiply_add(known[i, j + 1], innovation * innovation, one)
-                inverse[i, j] = share
-                known[i, j] = multiply_add(known[i, j + 1] * share, r * r, known[i, j])
-                pulled[i, j] = multiply_add(pulled[i, j + 1], r * share, pulled[i, j])
-        for n in range(rows):
-            i, p = above + n, min(first + n, batch - 1)
-            variance = one / (one + known[i, 0])
-            centre = variance * pulled[i, 0]
-            mean[i, 0], sd[i, 0] = centre, variance
-            for j in range(last):
-                r, innovation = rho[p, j], c[p, j]
-                k, q = r * inverse[i, j], innovation * innovation * inverse[i, j]
-                variance = multiply_add(variance, k * k, q)
-                centre = multiply_add(centre, k, q * pulled[i, j + 1])
-                mean[i, j + 1], sd[i, j + 1] = centre, variance
+            r, innovation = at(rho, where, j), at(c, where, j)
+            share = each(damped, each_product(w, each_product(innovation, innovation)))
+            put(inverse, rows, j, share)
+            w = each_multiply_add(each_product(w, share), each_product(r, r), at(known, rows, j))
+            h = each_multiply_add(h, each_product(r, share), at(pulled, rows, j))
+            put(known, rows, j, w)
+            put(pulled, rows, j, h)
+        variance = each(damped, w)
+        centre = each_product(variance, h)
+        put(mean, rows, 0, centre)
+        put(sd, rows, 0, variance)
+        for j in range(last):
+            r, innovation, share = at(rho, where, j), at(c, where, j), at(inverse, rows, j)
+            k = each_product(r, share)
+            q = each_product(each_product(innovation, innovation), share)
+            variance = each_multiply_add(variance, each_product(k, k), q)
+            centre = each_multiply_add(centre, k, each_product(q, at(pulled, rows, j + 1)))
+            put(mean, rows, j + 1, centre)
+            put(sd, rows, j + 1, variance)
+        for i in range(above, min(above + ROWS, stop)):
+            p = i % batch
             for j in range(latent):
                 sd[i, j] = sqrt(sd[i, j])
             for j in range(last):
@@ -271,7 +284,6 @@ def condition(
             for j in range(latent):
                 s = scale[p, j]
                 after[i, j], sd[i, j] = loc[p, j] + s * mean[i, j], s * sd[i, j]
-        above += rows
 
 
 def condition_backward(
@@ -300,72 +312,83 @@ def condition_backward(
     of_rho, of_c = carray(of_rho, (stop, last)), carray(of_c, (stop, last))
     one = type(rho[0, 0])(1)
     half, two = one / type(one)(2), type(one)(2)
-    for i in range(start, stop):
-        p = i % batch
-        # The standard deviation in units of the scale is kept in of_scale.
-        for j in range(latent):
-            of_scale[i, j] = sd[i, j] / scale[p, j]
-            of_value[i, j] = scale[p, j] * of_after[i, j]
-            of_weight[i, j] = half * of_sd[i, j] * scale[p, j] / of_scale[i, j]
-        for j in range(last):
-            k, over = rho[p, j] * inverse[i, j], one / of_scale[i, j + 1]
-            of_weight[i, j] += half * of_after_rho[i, j] * k * over / of_scale[i, j]
-            lost = of_after_rho[i, j] * after_rho[i, j] + of_after_c[i, j] * after_c[i, j]
-            of_rho[i, j] = half * lost * over * over
-        for j in range(last):
-            of_weight[i, j + 1] -= of_rho[i, j]
-        variance, centre = of_weight[i, last], of_value[i, last]
+    for above in range(start, stop, ROWS):
+        for i in range(above, min(above + ROWS, stop)):
+            p = i % batch
+            # The standard deviation in units of the scale is kept in of_scale.
+            for j in range(latent):
+                of_scale[i, j] = sd[i, j] / scale[p, j]
+                of_value[i, j] = scale[p, j] * of_after[i, j]
+                of_weight[i, j] = half * of_sd[i, j] * scale[p, j] / of_scale[i, j]
+            for j in range(last):
+                k, over = rho[p, j] * inverse[i, j], one / of_scale[i, j + 1]
+                of_weight[i, j] += half * of_after_rho[i, j] * k * over / of_scale[i, j]
+                lost = of_after_rho[i, j] * after_rho[i, j] + of_after_c[i, j] * after_c[i, j]
+                of_rho[i, j] = half * lost * over * over
+            for j in range(last):
+                of_weight[i, j + 1] -= of_rho[i, j]
+        rows, where = side_by_side(above, stop, batch)
+        variance, centre = at(of_weight, rows, last), at(of_value, rows, last)
         for j in range(last - 1, -1, -1):
-            k = rho[p, j] * inverse[i, j]
-            variance = multiply_add(variance, k * k, of_weight[i, j])
-            centre = multiply_add(centre, k, of_value[i, j])
-            of_weight[i, j], of_value[i, j] = variance, centre
-        first = of_scale[i, 0] * of_scale[i, 0]
-        pull = first * centre
-        information = -first * (first * variance + pull * pulled[i, 0])
-        of_weight[i, 0], of_value[i, 0] = information, pull
-        # Of 1 / D: what is known so far in of_scale, what it owes to the pull in of_loc.
+            k = each_product(at(rho, where, j), at(inverse, rows, j))
+            variance = each_multiply_add(variance, each_product(k, k), at(of_weight, rows, j))
+            centre = each_multiply_add(centre, k, at(of_value, rows, j))
+            put(of_weight, rows, j, variance)
+            put(of_value, rows, j, centre)
+        for i in range(above, min(above + ROWS, stop)):
+            p = i % batch
+            first = of_scale[i, 0] * of_scale[i, 0]
+            pull = first * of_value[i, 0]
+            information = -first * (first * of_weight[i, 0] + pull * pulled[i, 0])
+            of_weight[i, 0], of_value[i, 0] = information, pull
+            # Of 1 / D: what is known so far in of_scale, what it owes to the pull in of_loc.
+            for j in range(last):
+                r, innovation, share = rho[p, j], c[p, j], inverse[i, j]
+                unit, over, root = of_scale[i, j], one / of_scale[i, j + 1], sqrt(share)
+                variance, centre = of_weight[i, j + 1], of_value[i, j + 1]
+                of_k = of_after_rho[i, j] * over * unit + mean[i, j] * centre
+                of_k += two * r * share * unit * unit * variance
+                of_q = variance + pulled[i, j + 1] * centre
+                of_root_q = of_after_c[i, j] * over
+                damping = one + innovation * innovation * known[i, j + 1]
+                of_share = innovation * (half * of_root_q * root * damping + of_q * innovation)
+                of_rho[i, j] = of_k
+                of_c[i, j] = of_root_q * root + two * of_q * innovation * share
+                of_scale[i, j] = of_share + of_k * r
+                of_loc[i, j] = pulled[i, j + 1] * r
+                of_value[i, j + 1] = innovation * innovation * share * centre
+        information, pull = at(of_weight, rows, 0), at(of_value, rows, 0)
         for j in range(last):
-            r, innovation, share = rho[p, j], c[p, j], inverse[i, j]
-            unit, over, root = of_scale[i, j], one / of_scale[i, j + 1], sqrt(share)
-            variance, centre = of_weight[i, j + 1], of_value[i, j + 1]
-            of_k = of_after_rho[i, j] * over * unit + mean[i, j] * centre
-            of_k += two * r * share * unit * unit * variance
-            of_q = variance + pulled[i, j + 1] * centre
-            of_root_q = of_after_c[i, j] * over
-            damping = one + innovation * innovation * known[i, j + 1]
-            of_share = innovation * (half * of_root_q * root * damping + of_q * innovation)
-            of_rho[i, j] = of_k
-            of_c[i, j] = of_root_q * root + two * of_q * innovation * share
-            of_scale[i, j] = of_share + of_k * r
-            of_loc[i, j] = pulled[i, j + 1] * r
-            of_value[i, j + 1] = innovation * innovation * share * centre
-        for j in range(last):
-            k, spread = rho[p, j] * inverse[i, j], c[p, j] * inverse[i, j]
-            of_share = multiply_add(pull, of_loc[i, j], of_scale[i, j])
-            information = multiply_add(information, k * k, -spread * spread * of_share)
-            pull = multiply_add(pull, k, of_value[i, j + 1])
-            of_weight[i, j + 1], of_value[i, j + 1] = information, pull
-        for j in range(last):
-            r, share, later = rho[p, j], inverse[i, j], known[i, j + 1]
-            information, pull = of_weight[i, j], of_value[i, j]
-            of_rho[i, j] = share * (
-                of_rho[i, j] + pull * pulled[i, j + 1] + two * r * later * information
-            )
-            of_all = of_scale[i, j] + r * (pull * pulled[i, j + 1] + information * r * later)
-            of_c[i, j] -= two * c[p, j] * share * share * later * of_all
-        for j in range(latent):
-            s = scale[p, j]
-            of_loc[i, j] = of_after[i, j]
-            of_s = of_after[i, j] * mean[i, j] + of_sd[i, j] * (sd[i, j] / s)
-            if not natural:
-                _, _, deviation = observed(weight[i, j], value[i, j], loc[p, j], s)
-                of_w, of_h = of_weight[i, j], of_value[i, j]
-                of_weight[i, j] = s * (of_w * s + of_h * deviation)
-                of_value[i, j] = of_h * weight[i, j] * s
-                of_loc[i, j] -= of_h * weight[i, j] * s
-                of_s += weight[i, j] * (two * of_w * s + of_h * deviation)
-            of_scale[i, j] = of_s
+            share = at(inverse, rows, j)
+            k, spread = each_product(at(rho, where, j), share), each_product(at(c, where, j), share)
+            of_share = each_multiply_add(pull, at(of_loc, rows, j), at(of_scale, rows, j))
+            lost = each_product(each_product(spread, spread), of_share)
+            information = each_multiply_add(information, each_product(k, k), each(negative, lost))
+            pull = each_multiply_add(pull, k, at(of_value, rows, j + 1))
+            put(of_weight, rows, j + 1, information)
+            put(of_value, rows, j + 1, pull)
+        for i in range(above, min(above + ROWS, stop)):
+            p = i % batch
+            for j in range(last):
+                r, share, later = rho[p, j], inverse[i, j], known[i, j + 1]
+                information, pull = of_weight[i, j], of_value[i, j]
+                of_rho[i, j] = share * (
+                    of_rho[i, j] + pull * pulled[i, j + 1] + two * r * later * information
+                )
+                of_all = of_scale[i, j] + r * (pull * pulled[i, j + 1] + information * r * later)
+                of_c[i, j] -= two * c[p, j] * share * share * later * of_all
+            for j in range(latent):
+                s = scale[p, j]
+                of_loc[i, j] = of_after[i, j]
+                of_s = of_after[i, j] * mean[i, j] + of_sd[i, j] * (sd[i, j] / s)
+                if not natural:
+                    _, _, deviation = observed(weight[i, j], value[i, j], loc[p, j], s)
+                    of_w, of_h = of_weight[i, j], of_value[i, j]
+                    of_weight[i, j] = s * (of_w * s + of_h * deviation)
+                    of_value[i, j] = of_h * weight[i, j] * s
+                    of_loc[i, j] -= of_h * weight[i, j] * s
+                    of_s += weight[i, j] * (two * of_w * s + of_h * deviation)
+                of_scale[i, j] = of_s
 
 
 @cache
