@@ -19,8 +19,9 @@ html_theme_options = {
     "source_branch": "main",
     "source_directory": "",
 }
-html_static_path = ["book.css"]
+html_static_path = ["book.css", "book.js", "play.js", "spectra.js"]
 html_css_files = ["book.css"]
+html_js_files = ["book.js"]
 templates_path = []
 root_doc = "index"
 

@@ -40,6 +40,13 @@ CONTENTS = """
 
 ```{{toctree}}
 :hidden:
+:caption: Without a kernel
+
+play
+```
+
+```{{toctree}}
+:hidden:
 :caption: Reference
 
 api
@@ -60,6 +67,7 @@ def assemble(source: Path) -> None:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns(".*"))
     for path in (ROOT / "docs").iterdir():
         shutil.copy(path, source / path.name)
+    (source / "spectra.js").write_text(spectra())
     for path in (source / "notebooks").glob("*.ipynb"):
         path.write_text(path.read_text().replace(BADGE, "../colab.svg"))
     link_equations(sorted((source / "notebooks").glob("*.ipynb")))
@@ -72,6 +80,13 @@ def assemble(source: Path) -> None:
         .replace("](rhovae/study)", "](api.md)")
     )
     (source / "index.md").write_text(readme + contents)
+
+
+def spectra() -> str:
+    """The largest eigenvalues of the image sets, for the script of docs/play.md."""
+    entries = json.loads((ROOT / "data" / "spectra.json").read_text())
+    largest = {name: entry["eigenvalues"][:50] for name, entry in entries.items()}
+    return f"globalThis.rhoSpectra = {json.dumps(largest)};\n"
 
 
 def link_equations(paths: list[Path]) -> None:

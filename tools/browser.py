@@ -257,6 +257,7 @@ def main() -> None:
             name = page.relative_to(site).with_suffix("")
             found += [f"{name} at {width} px {fault}" for fault in faults(browser, page, width)]
             if args.shots:
+                browser.evaluate("scrollTo({top: 0, behavior: 'instant'})")
                 browser.picture(args.shots / f"{str(name).replace('/', '_')}_{width}.png", True)
     if found:
         sys.exit("\n".join(found))
