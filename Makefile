@@ -40,9 +40,11 @@ figures: $(READY)  ## redraw figures/ from the committed records
 benchmark: $(READY)  ## time draws, densities and training into data/results/speed.json (with Pythae: pip install -e '.[pythae]')
 	$(BIN)/python -m tools.benchmark $(ARGS)
 
-book: $(READY)  ## README, notebooks and docstrings as a site, in runs/book/site
+# Where there is no Chromium, the last step says so and passes; LOOK=--required makes it fail.
+book: $(READY)  ## README, notebooks and docstrings as a site, in runs/book/site, and a look at it in Chromium
 	$(PIP) -e '.[book]'
 	$(BIN)/python tools/book.py
+	$(BIN)/python tools/browser.py $(LOOK)
 
 # Two workers with one thread each: on a shared machine more threads only wait for one another.
 test: $(READY)  ## lint, types, unit tests, doctests, and every cell of every notebook

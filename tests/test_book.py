@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import book  # noqa: E402
+import browser  # noqa: E402
 
 
 def test_the_sources_of_the_book_lie_as_in_the_repository(tmp_path):
@@ -74,3 +76,32 @@ def test_problems_of_a_site_are_found(tmp_path):
     links, shown = ("nowhere.html", "#elsewhere", "no.png", "mathjax.js"), (r"$\rho", r"\frac")
     for part in (*links, *shown, "$-$", "|—|—|"):
         assert sum(part in problem for problem in found) == 1, (part, found)
+
+
+def test_faults_of_a_page_are_seen_in_chromium(tmp_path):
+    if reason := browser.missing():
+        pytest.skip(reason)
+    folded = "<details><summary>Answer</summary><p>Yes.</p></details>"
+    page = "<!doctype html><title>x</title><style>pre { overflow: auto }</style><article>"
+    fine = page + f"<p>fine</p><pre>{'wide ' * 500}</pre>{folded}{folded}</article>"
+    (tmp_path / "fine.html").write_text(fine)
+    (tmp_path / "broken.html").write_text(
+        page + "<table><tr><td style='min-width: 2000px'>too wide</td></tr></table>"
+        "<details><summary>Question</summary></details>"
+        f"<div style='position: relative'>{folded}<div style='position: absolute; inset: 0'></div>"
+        "</div><script>console.error('a sentence'); undefinedName()</script>"
+        "<input type='range' id='dead'><img src='https://example.org/picture.png' alt=''></article>"
+    )
+    with browser.Browser() as tab:
+        for width in browser.WIDTHS:
+            assert browser.faults(tab, tmp_path / "fine.html", width) == []
+            found = browser.faults(tab, tmp_path / "broken.html", width)
+            folds, console = ("click: 'Answer", "click: 'Question"), ("a sentence", "undefinedName")
+            for part in (
+                *folds,
+                *console,
+                "too wide",
+                "the page, to",
+                "asks the network for https",
+            ):
+                assert any(part in fault for fault in found), (part, found)

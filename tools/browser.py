@@ -1,4 +1,4 @@
-"""Look at the built book in headless Chromium: python tools/browser.py [--site FOLDER] [--shots FOLDER]
+"""Look at the built book in headless Chromium: python tools/browser.py [--shots FOLDER]
 
 Every page is opened at 1280 and at 390 pixels, from its file. What is folded must open on a click,
 nothing may reach beyond the window but inside a box that scrolls, and the console must stay
@@ -191,14 +191,13 @@ class Browser:
     def click(self, element: str) -> None:
         """Press the left button of the mouse on what a JavaScript expression gives."""
         x, y = self.evaluate(
-            f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
+            f"(() => {{ const e = {element};"
+            " e.scrollIntoView({block: 'center', behavior: 'instant'});"
             " const b = e.getBoundingClientRect(); return [b.left + Math.min(b.width / 2, 60),"
             " b.top + b.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
-            self.send(
-                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
-            )
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, key: str) -> None:
         """Press and release a key: ArrowRight, Home, Tab."""
@@ -228,11 +227,26 @@ def faults(browser: Browser, page: Path, width: int) -> list[str]:
         height = f"{details}.getBoundingClientRect().height"
         summary = f"{details}.querySelector('summary').getBoundingClientRect().height"
         if not browser.evaluate(f"{details}.open && {height} > {summary} + 4"):
-            text = browser.evaluate(f"{details}.parentElement.textContent.trim().slice(0, 60)")
+            text = browser.evaluate(f"{details}.textContent.trim().slice(0, 60)")
             found.append(f"what is folded does not open on a click: {text!r}")
+    found += still(browser)
     found += [f"reaches beyond the window: {what}" for what in browser.evaluate(OVERFLOWS)]
     found += [f"console: {text}" for text in browser.errors]
     found += [f"asks the network for {url}" for url in browser.requests if not LOCAL.match(url)]
+    return found
+
+
+def still(browser: Browser) -> list[str]:
+    """What does not move on the page that is open although its sliders do."""
+    found, text = [], "document.querySelector('article').textContent"
+    sliders = browser.evaluate("[...document.querySelectorAll('article input')].map((e) => e.id)")
+    for name in sliders:
+        before = browser.evaluate(text)
+        browser.evaluate(f"document.getElementById('{name}').focus()")
+        browser.press("ArrowRight")
+        browser.evaluate(READY)
+        if browser.evaluate(text) == before:
+            found.append(f"nothing follows the slider {name}")
     return found
 
 
