@@ -4,6 +4,7 @@ import importlib.metadata
 from pathlib import Path
 
 import tomllib
+from docutils import nodes
 
 with (Path(__file__).resolve().parent / "pyproject.toml").open("rb") as file:
     repository = tomllib.load(file)["project"]["urls"]["Repository"]
@@ -43,5 +44,14 @@ def as_written(app, what, name, obj, options, lines):
         lines[:] = [".. code-block:: text", "", *("    " + line for line in lines), ""]
 
 
+def with_tags(app, doctree):
+    """Sphinx splits a formula of several rows into lines, where MathJax allows no \\tag: do not."""
+    for formula in doctree.findall(nodes.math_block):
+        if r"\tag" in formula.astext():
+            formula["no-wrap"] = True
+            formula.children = [nodes.Text(rf"\[{formula.astext()}\]")]
+
+
 def setup(app):
+    app.connect("doctree-read", with_tags)
     app.connect("autodoc-process-docstring", as_written)

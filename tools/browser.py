@@ -1,8 +1,9 @@
 """Look at the built book in headless Chromium: python tools/browser.py [--shots FOLDER]
 
 Every page is opened at 1280 and at 390 pixels, from its file. What is folded must open on a click,
-nothing may reach beyond the window but inside a box that scrolls, and the console must stay
-without errors and the network without requests. It speaks the DevTools protocol itself.
+nothing may reach beyond the window but inside a box that scrolls, formulas must be TeX, sliders
+must move something, and the console must stay without errors and the network without requests.
+It speaks the DevTools protocol itself.
 """
 
 import argparse
@@ -231,6 +232,8 @@ def faults(browser: Browser, page: Path, width: int) -> list[str]:
             found.append(f"what is folded does not open on a click: {text!r}")
     found += still(browser)
     found += [f"reaches beyond the window: {what}" for what in browser.evaluate(OVERFLOWS)]
+    wrong = "[...document.querySelectorAll('mjx-merror')].map((e) => e.textContent.trim())"
+    found += [f"a formula is not TeX: {text[:80]}" for text in browser.evaluate(wrong)]
     found += [f"console: {text}" for text in browser.errors]
     found += [f"asks the network for {url}" for url in browser.requests if not LOCAL.match(url)]
     return found
