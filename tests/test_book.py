@@ -18,12 +18,23 @@ def test_the_sources_of_the_book_lie_as_in_the_repository(tmp_path):
     found = {str(p.relative_to(tmp_path / "source")) for p in tmp_path.rglob("*") if p.is_file()}
     names = [path.name for path in (ROOT / "notebooks").glob("*.ipynb")]
     assert {f"notebooks/{name}" for name in names} <= found
-    assert {"index.md", "conf.py", "api.md", "data/README.md", "CONTRIBUTING.md"} <= found
+    assert {
+        "index.md",
+        "conf.py",
+        "api.md",
+        "play.md",
+        "play.js",
+        "spectra.js",
+        "data/README.md",
+        "CONTRIBUTING.md",
+    } <= found
     index = (tmp_path / "source" / "index.md").read_text()
     assert index.startswith((ROOT / "README.md").read_text()[:500])
     assert all(f"\nnotebooks/{Path(name).stem}\n" in index for name in names)
-    pages = (tmp_path / "source" / "notebooks").glob("*.ipynb")
-    assert not any(book.BADGE in page.read_text() for page in pages)
+    assert book.SLIDERS in index and "\nplay\n" in index
+    pages = [page.read_text() for page in (tmp_path / "source" / "notebooks").glob("*.ipynb")]
+    assert not any(book.BADGE in page or "../docs/" in page for page in pages)
+    assert any("](../play.md)" in page for page in pages)
 
 
 def test_cited_equations_become_links(tmp_path):

@@ -29,6 +29,7 @@ CITED = re.compile(
     r"(\$\$.*?\$\$|```.*?```|`[^`\n]*`|\$[^$]*\$|^#[^\n]*|\[[^\]\n]*\]\([^)\n]*\))|\((\d+\.\d+)\)",
     re.DOTALL | re.MULTILINE,
 )
+SLIDERS = "To get a feeling first, [play with ρ](play.md): a page with sliders.\n"
 CONTENTS = """
 
 ```{{toctree}}
@@ -69,7 +70,8 @@ def assemble(source: Path) -> None:
         shutil.copy(path, source / path.name)
     (source / "spectra.js").write_text(spectra())
     for path in (source / "notebooks").glob("*.ipynb"):
-        path.write_text(path.read_text().replace(BADGE, "../colab.svg"))
+        text = path.read_text().replace(BADGE, "../colab.svg")
+        path.write_text(text.replace("](../docs/", "](../"))  # docs lie at the top of the site
     link_equations(sorted((source / "notebooks").glob("*.ipynb")))
     names = sorted(path.stem for path in (source / "notebooks").glob("*.ipynb"))
     contents = CONTENTS.format(notebooks="\n".join(f"notebooks/{name}" for name in names))
@@ -78,6 +80,7 @@ def assemble(source: Path) -> None:
         .read_text()
         .replace("](rhovae)", "](api.md)")
         .replace("](rhovae/study)", "](api.md)")
+        .replace("\n## Reading order\n", f"\n## Reading order\n{SLIDERS}\n")
     )
     (source / "index.md").write_text(readme + contents)
 
