@@ -106,7 +106,8 @@ class Browser:
             )
             self._stack.callback(self._end)
             address = f"http://127.0.0.1:{self._port(profile / 'DevToolsActivePort')}/json/list"
-            with urllib.request.urlopen(address, timeout=30) as answer:
+            direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with direct.open(address, timeout=30) as answer:
                 pages = [page for page in json.load(answer) if page["type"] == "page"]
             self._socket = websocket.create_connection(
                 pages[0]["webSocketDebuggerUrl"], timeout=60, suppress_origin=True
@@ -231,6 +232,7 @@ def faults(browser: Browser, page: Path, width: int) -> list[str]:
             text = browser.evaluate(f"{details}.textContent.trim().slice(0, 60)")
             found.append(f"what is folded does not open on a click: {text!r}")
     found += still(browser)
+    browser.evaluate(READY)  # what has opened is laid out
     found += [f"reaches beyond the window: {what}" for what in browser.evaluate(OVERFLOWS)]
     wrong = "[...document.querySelectorAll('mjx-merror')].map((e) => e.textContent.trim())"
     found += [f"a formula is not TeX: {text[:80]}" for text in browser.evaluate(wrong)]
