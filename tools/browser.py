@@ -1,9 +1,9 @@
 """Look at the built book in headless Chromium: python tools/browser.py [--shots FOLDER]
 
 Every page is opened at 1280 and at 390 pixels, from its file. What is folded must open on a click,
-nothing may reach beyond the window but inside a box that scrolls, formulas must be TeX, sliders
-must move something, and the console must stay without errors and the network without requests.
-It speaks the DevTools protocol itself.
+nothing may reach beyond the window (nor at the widths in between) but inside a box that scrolls,
+formulas must be TeX, sliders must move something, and the console must stay without errors and the
+network without requests. It speaks the DevTools protocol itself.
 """
 
 import argparse
@@ -39,6 +39,7 @@ FLAGS = (
     "--remote-debugging-port=0",
 )
 WIDTHS = (1280, 390)
+OTHERS = (768, 1024, 1366, 1440, 1920)  # where only the overflow is looked for
 LOCAL = re.compile(r"(file|data|blob|about):")
 # Elements of the text that stick out of the window without lying in a box of the text that scrolls.
 OVERFLOWS = """(() => {
@@ -232,8 +233,12 @@ def faults(browser: Browser, page: Path, width: int) -> list[str]:
             text = browser.evaluate(f"{details}.textContent.trim().slice(0, 60)")
             found.append(f"what is folded does not open on a click: {text!r}")
     found += still(browser)
-    browser.evaluate(READY)  # what has opened is laid out
-    found += [f"reaches beyond the window: {what}" for what in browser.evaluate(OVERFLOWS)]
+    for other in (width, *(OTHERS if width == WIDTHS[0] else ())):
+        browser.resize(other)
+        browser.evaluate(READY)  # what has opened is laid out
+        wide = browser.evaluate(OVERFLOWS)
+        found += [f"reaches beyond a window of {other} px: {what}" for what in wide]
+    browser.resize(width)
     wrong = "[...document.querySelectorAll('mjx-merror')].map((e) => e.textContent.trim())"
     found += [f"a formula is not TeX: {text[:80]}" for text in browser.evaluate(wrong)]
     found += [f"console: {text}" for text in browser.errors]
