@@ -2,8 +2,14 @@
 
 import copy
 import io
+import json
 import math
+import os
 import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +22,10 @@ from torch.distributions import (
     kl_divergence,
     transforms,
 )
-from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits
 
-from rhovae import POSTERIORS, AR1Normal, Sites
-from rhovae.objectives import negative_elbo, standard_normal_like
+from rhovae import AR1Normal, Sites
+from rhovae.objectives import negative_elbo
 from rhovae.study import load_images
 from rhovae.study.data import to_unit_interval
 from rhovae.study.experiments import Experiment, build_vae
@@ -287,76 +293,42 @@ def test_without_pyro_the_remedy_is_named(monkeypatch):
         import rhovae.pyro  # noqa: F401
 
 
-@pytest.mark.filterwarnings("ignore")  # of Pythae and what it imports
-def test_in_pythae(batches, tmp_path):
-    """An encoder of ours, and Pythae's VAE with a forward of its own; its trainer does the rest."""
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "09_your_own_model.ipynb"
+
+
+def run_the_program(library, check, tmp_path):
+    """The whole program for a library in the text of notebook 9, as a file of its own."""
+    texts = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]]
+    blocks = re.findall(r"```python\n(.*?)```", "\n".join(texts), re.S)
+    (code,) = [block for block in blocks if re.search(rf"^(import|from) {library}\b", block, re.M)]
+    if "RhoVAE()\n" in code:
+        classes = [t for t in texts if t.startswith(("class PlainVAE", "class RhoVAE"))]
+        head = "import torch\nfrom torch import nn\nfrom torch.distributions import *"
+        code = "\n\n".join([head, "from rhovae import AR1Normal", *classes, code])
+    file = tmp_path / "own_model.py"
+    file.write_text(f"{code}\n{check}\n")
+    environment = os.environ | {"PYTHONPATH": str(NOTEBOOK.parents[1])}
+    subprocess.run([sys.executable, file], cwd=tmp_path, env=environment, check=True)
+
+
+def test_in_pythae(tmp_path):
+    """Its VAE with an encoder and a forward of ours; its trainer does the rest."""
     pytest.importorskip("pythae", reason="needs Pythae: pip install rhovae[pythae]")
-    from pythae import models, trainers
-    from pythae.data.datasets import BaseDataset
-    from pythae.models.base.base_utils import ModelOutput
-    from pythae.models.nn import BaseEncoder
-
-    class Encoder(BaseEncoder):
-        def __init__(self, latent):
-            super().__init__()
-            self.body = nn.Sequential(nn.Flatten(), nn.Linear(784, 400), nn.ReLU())
-            self.head = POSTERIORS["ar1"](400, latent)
-
-        def forward(self, x):
-            q = self.head(self.body(x))
-            return ModelOutput(embedding=q.mean, log_covariance=q.variance.log(), posterior=q)
-
-    class RhoVAE(models.VAE):
-        def forward(self, inputs, **kwargs):
-            x = inputs["data"]
-            q = self.encoder(x)["posterior"]
-            z = q.rsample()
-            recon_x = self.decoder(z)["reconstruction"]
-            fit = binary_cross_entropy(recon_x, x, reduction="none").flatten(1).sum(-1)
-            kl = kl_divergence(q, standard_normal_like(q.mean))
-            loss = (fit + kl).mean()
-            return ModelOutput(recon_loss=fit.mean(), reg_loss=kl.mean(), loss=loss,
-                               recon_x=recon_x, z=z)  # fmt: skip
-
-    torch.manual_seed(0)
-    config = models.VAEConfig(input_dim=(1, 28, 28), latent_dim=5, reconstruction_loss="bce")
-    vae, images = RhoVAE(config, encoder=Encoder(5)), torch.cat(batches)
-    data = BaseDataset(images, torch.zeros(len(images)))
-    settings = dict(num_epochs=1, per_device_train_batch_size=128, learning_rate=1e-3)
-    training = trainers.BaseTrainerConfig(output_dir=str(tmp_path), no_cuda=True, **settings)
-    before = vae({"data": images}).loss.item()
-    trainers.BaseTrainer(vae, data, training_config=training).train()
-    vae.eval()
-    assert vae({"data": images}).loss.item() < 0.7 * before
+    check = """\
+fresh, device = PythaeRhoVAE(config, encoder=Encoder(20)), next(vae.parameters()).device
+with torch.no_grad():
+    trained, untrained = (m.to(device)({"data": images.to(device)}).loss for m in (vae, fresh))
+assert trained < 0.7 * untrained"""
+    run_the_program("pythae", check, tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore")  # of Lightning and what it imports
-def test_in_lightning(batches, tmp_path):
-    lightning = pytest.importorskip(
-        "lightning", reason="needs Lightning: pip install rhovae[lightning]"
-    )
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            experiment = Experiment("mnist", posterior="ar1", latent=5)
-            self.vae, self.losses = build_vae(experiment, (1, 28, 28)), []
-
-        def training_step(self, x, _):
-            loss = negative_elbo(*self.vae(x), x).loss.mean()
-            self.losses.append(loss.item())
-            return loss
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), lr=1e-3)
-
-    module = Module()
-    trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
-    trainer.fit(module, torch.utils.data.DataLoader(torch.cat(batches), batch_size=128))
-    assert len(module.losses) == len(batches) and fallen(module.losses)
+def test_in_lightning(tmp_path):
+    pytest.importorskip("lightning", reason="needs Lightning: pip install rhovae[lightning]")
+    check = """\
+with torch.no_grad():
+    trained, untrained = (m.training_step(images, 0) for m in (module, LitRhoVAE()))
+assert trained < 0.7 * untrained"""
+    run_the_program("lightning", check, tmp_path)
 
 
 def some(**changes):
