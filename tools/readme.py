@@ -4,7 +4,14 @@ import re
 from pathlib import Path
 
 from rhovae.study.lines import read_lines
-from rhovae.study.records import by_posterior, format_nats, load_records, published_curves
+from rhovae.study.records import (
+    by_posterior,
+    format_nats,
+    load_records,
+    paired_difference,
+    published_curves,
+    student_interval,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 # Name, data set, latent, published posterior, figure, and the script's normalisation of its losses.
@@ -22,6 +29,33 @@ POSTERIORS = {
     "stepped": "**chain**",
     "maximum-likelihood": "*maximum likelihood*",
 }
+
+
+DATASETS = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
+SIZES = (5, 10, 20, 50)
+
+
+def ahead(dataset: str, latent: int) -> list[float]:
+    """-ELBO of AR(1) minus that of the diagonal posterior, seed by seed."""
+    folder = ROOT / "data" / "results" / "families"
+    groups = by_posterior(load_records(folder, dataset=dataset, source="full", latent=latent))
+    return list(
+        paired_difference(groups["ar1"], groups["diagonal"], lambda r: r["test"]["negative_elbo"])
+    )
+
+
+def findings_table() -> str:
+    """What AR(1) costs more than the diagonal posterior: d by data set."""
+    lines = [f"| | {' | '.join(f'd = {size}' for size in SIZES)} |", "|---" * 5 + "|"]
+    for dataset, label in DATASETS.items():
+        cells = []
+        for size in SIZES:
+            found = ahead(dataset, size)
+            low, high = student_interval(found)
+            text = f"{sum(found) / len(found):+.1f} ({low:.1f} to {high:.1f})"
+            cells.append(text.replace("-", "−"))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def time_table() -> str:
@@ -76,7 +110,8 @@ def table() -> str:
 
 def updated(readme: str) -> str:
     """README text with the tables between their marks made from data/results."""
-    for name, make in (("results", table), ("time", time_table)):
+    tables = {"findings": findings_table, "results": table, "time": time_table}
+    for name, make in tables.items():
         marks = rf"(<!-- {name}: [^\n]*-->\n).*(<!-- end of {name} -->)"
         readme = re.sub(marks, lambda m, made=make(): m[1] + made + "\n" + m[2], readme, flags=re.S)
     return readme
