@@ -93,8 +93,8 @@ def precision_and_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[f
     """
 
     def radii(points: Tensor) -> Tensor:
-        rows = [torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(1000)]
-        return torch.cat(rows)
+        rows = [torch.cdist(part, points).topk(k + 1, largest=False) for part in points.split(1000)]
+        return torch.cat([row.values[:, -1] for row in rows])
 
     def covered(points: Tensor, by: Tensor) -> float:
         reach = radii(by)
