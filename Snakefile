@@ -45,7 +45,11 @@ def records(*grids):
     return [f"{RESULTS}/{grid}/{name}.json" for grid in grids for name in EXPERIMENTS.get(grid, ())]
 
 
-NUMBERS = ["1", "2_mnist", "2_fashion-mnist"] + ["3", "4", "5"] * ("convolutional" in CHOSEN)
+# Notebook 06 draws Figures 3 to 5 from `released` and `corrected` where their records are, and else
+# from `convolutional`.
+OF_FIGURES = ("audit", "convolutional", "corrected", "released")
+NUMBERS = ["1", "2_mnist", "2_fashion-mnist"]
+NUMBERS += ["3", "4", "5"] * bool({"convolutional", "corrected"} & set(CHOSEN))
 PAPER_FIGURES = [f"{FIGURES}/06_figure_{number}_full.svg" for number in NUMBERS]
 ALL = records(*CHOSEN)
 ALL += PAPER_FIGURES if "audit" in CHOSEN else []
@@ -90,7 +94,7 @@ rule experiment:
 
 rule paper_figures:
     input:
-        records("audit", "convolutional"),
+        records(*OF_FIGURES),
     output:
         PAPER_FIGURES,
     log:
@@ -109,7 +113,7 @@ rule paper_figures:
 
 rule audit_figures:
     input:
-        records("audit", "control"),
+        records("audit", "control", "control_script"),
     output:
         f"{FIGURES}/04_decomposition.svg",
     log:

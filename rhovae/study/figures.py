@@ -42,6 +42,8 @@ for _name in ("beta", "cnn", "early-cnn", "info"):
 for _name in ("rho-beta", "rho-cnn", "early-rho-cnn", "rho-info"):
     COLORS[f"released-{_name}"] = COLORS["published-script"]
     LABELS[f"released-{_name}"] = "rho-VAE, as released"
+LABELS["released-early-cnn"] = "VAE, before the floors"
+LABELS["released-early-rho-cnn"] = "rho-VAE, before the floors"
 
 
 def style() -> None:
@@ -116,33 +118,42 @@ def loss_curves(
         epochs = np.arange(1, curves.shape[1] + 1)
         color = COLORS[posterior]
         axes.fill_between(epochs, curves.min(0), curves.max(0), color=color, alpha=0.25, lw=0)
-        axes.plot(epochs, curves.mean(0), color=color, label=LABELS[posterior])
+        mark = "s" if len(epochs) == 1 else ""  # a line of one point cannot be seen
+        axes.plot(epochs, curves.mean(0), color=color, marker=mark, ms=4, label=LABELS[posterior])
     axes.set_xlabel("epoch")
     axes.set_ylabel("test $-$ELBO (nats per image)" if quantity == "negative_elbo" else quantity)
 
 
 def as_published_and_true(
-    runs: dict[str, dict[str, list[dict]]], published: dict, factor: float = 1.0
+    runs: dict[str, dict[str, list[dict]]],
+    published: dict,
+    factor: float = 1.0,
+    released: dict[str, dict[str, list[dict]]] | None = None,
 ) -> Figure:
     """Row one: the loss the released code reports, lines of reruns through the published dots.
 
-    Row two: the true -ELBO of the same runs, and of the other posteriors.
+    Row two: the true -ELBO of our networks.
 
     Args:
-        runs: data set -> posterior -> records.
+        runs: data set -> posterior -> records of our networks.
         published: (data set, posterior) -> epoch -> nats, from `records.published_curves`, or {}.
         factor: the normalisation under which the released code reports.
+        released: the same as runs, of the released models; row one then shows these, and those of
+            `runs` only where there are none.
     """
     size = (4.5 * len(runs), 6.6)
     figure, all_axes = plt.subplots(2, len(runs), figsize=size, sharex=True, dpi=90)
     for (top, bottom), (dataset, groups) in zip(all_axes.T, runs.items(), strict=True):
-        for posterior in ("diagonal", "published-script"):
-            loss_curves(top, groups.get(posterior, []), "loss", factor=factor)
-            dots = published.get((dataset, posterior), {})
-            top.plot(
-                list(dots), list(dots.values()), "o", ms=3.5, mfc="none", color=COLORS[posterior]
-            )
-        top.set(title=f"{dataset}: as published", ylabel="reported test loss (nats)", xlabel="")
+        models = (released or {}).get(dataset, {})
+        ours = [groups.get(name, []) for name in ("diagonal", "published-script")]
+        shown = [record for group in models.values() or ours for record in group]
+        loss_curves(top, shown, "loss", factor=factor)
+        for name in ("diagonal", "published-script"):
+            dots = published.get((dataset, name), {})
+            top.plot(list(dots), list(dots.values()), "o", ms=3.5, mfc="none", color=COLORS[name])
+        what = "as released" if models else "as published"
+        top.set(title=f"{dataset}: {what} ({extent(shown)})" if models else f"{dataset}: {what}",
+                ylabel="reported test loss (nats)", xlabel="")  # fmt: skip
         everything = [record for group in groups.values() for record in group]
         loss_curves(bottom, everything)
         bottom.set(title=f"{dataset}: true cost ({extent(everything)})")

@@ -185,8 +185,8 @@ def published_curves(path: str | Path, figure: str) -> dict[tuple[str, str], dic
 def paired_difference(ones: list[dict], others: list[dict], value) -> np.ndarray:
     """value(one) - value(other) for the runs of each seed that both have, in order of seed.
 
-    The runs of a seed share the order of images and the noise, so their difference varies less
-    than either.
+    The runs of a seed see the images in the same order. That does not make their difference vary
+    less than either: in most comparisons of posteriors it varies more (notebook 06, Section 6.2).
     """
     for runs in (ones, others):
         seeds = [r["experiment"]["seed"] for r in runs]
@@ -210,6 +210,69 @@ def student_interval(differences, level: float = 0.95) -> tuple[float, float]:
     mean, error = mean_and_standard_error(differences)
     low, high = stats.t.interval(level, len(differences) - 1, mean, error)
     return float(low), float(high)
+
+
+def welch_interval(ones, others, level: float = 0.95) -> tuple[float, float]:
+    """Welch's confidence interval for the difference of two means, without pairing by seed.
+
+    Student's with the standard errors added in squares, and degrees of freedom that allow for
+    unequal variances.
+    """
+    result = stats.ttest_ind(list(ones), list(others), equal_var=False)
+    low, high = result.confidence_interval(level)
+    return float(low), float(high)
+
+
+def prediction_interval(values, level: float = 0.95) -> tuple[float, float]:
+    """Where one more seed falls with this probability, by Student's t from at least two seeds.
+
+    mean -+ t_{n-1} s sqrt(1 + 1/n), s the standard deviation over the n seeds.
+    """
+    values = np.asarray(list(values), dtype=float)
+    spread = values.std(ddof=1) * math.sqrt(1 + 1 / len(values))
+    low, high = stats.t.interval(level, len(values) - 1, values.mean(), spread)
+    return float(low), float(high)
+
+
+AGREE_AT, AGREE_WITHIN = (5, 10, 15), 2.0
+"""Epochs at which reruns are compared with the paper's dots; how far off a mean may be, in nats."""
+
+
+def agreement(runs: list[dict], dots: dict[int, float], factor: float = 1.0) -> list[dict]:
+    """Whether reruns as released give a published curve, at epochs 5, 10 and 15.
+
+    They do where their mean lies within 2 nats of the dot, or where, with three seeds or more, the
+    dot lies in the 95 % prediction interval for one more seed. Where the runs are shorter, their
+    last epoch takes the place of the missing ones.
+
+    Args:
+        runs: of one model, one for each seed.
+        dots: epoch -> nats, from `published_curves`.
+        factor: the normalisation under which the code reports.
+    Returns:
+        For each epoch: epoch, seeds, published, mean, low and high (the prediction interval, NaN
+        with fewer than three seeds), and agrees.
+    """
+    curves = [factor * curve(run, "loss") for run in runs]
+    length = min(map(len, curves))
+    epochs = sorted({min(epoch, length, max(dots)) for epoch in AGREE_AT})
+    rows = []
+    for epoch in epochs:
+        values = np.array([losses[epoch - 1] for losses in curves])
+        enough = len(values) > 2
+        low, high = prediction_interval(values) if enough else (math.nan, math.nan)
+        mean, dot = float(values.mean()), dots[epoch]
+        rows.append({"epoch": epoch, "seeds": len(values), "published": dot, "mean": mean,
+                     "low": low, "high": high,
+                     "agrees": abs(mean - dot) < AGREE_WITHIN or low <= dot <= high})  # fmt: skip
+    return rows
+
+
+def published_name(posterior: str) -> str:
+    """What a released model of Figures 3 to 5 is called in `published_curves`."""
+    if not posterior.startswith("released-"):
+        return posterior
+    return "published-script" if "rho" in posterior else "diagonal"
 
 
 def by_posterior(records: list[dict]) -> dict[str, list[dict]]:

@@ -6,18 +6,23 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from scipy import stats
 
 from rhovae.study import figures
 from rhovae.study.data import DATA_FOLDER
 from rhovae.study.experiments import ALL_POSTERIORS
 from rhovae.study.records import (
+    agreement,
     curve,
     decode_png,
     encode_png,
     load_records,
     paired_difference,
+    prediction_interval,
     published_curves,
+    published_name,
     quality_table,
+    welch_interval,
 )
 from rhovae.study.released import RELEASED_POSTERIORS
 
@@ -141,6 +146,88 @@ def test_paired_differences_are_those_of_equal_seeds():
     assert np.ptp(segment[:, 0]) / 2 == pytest.approx(4.303 / np.sqrt(3), abs=1e-3)
     (cross,) = (line for line in axes.get_lines() if line.get_marker() == "x")
     assert cross.get_xdata()[0] == 0.5
+
+
+def run_of(posterior, losses, seed=0):
+    """A record with a curve of losses, and of -ELBOs ten nats above."""
+    tests = [{"loss": x, "negative_elbo": x + 10} for x in losses]
+    history = [{"epoch": i, "test": test} for i, test in enumerate(tests, 1)]
+    return {"experiment": {"posterior": posterior, "seed": seed}, "history": history}
+
+
+def test_welch_s_interval_is_the_formula():
+    ones, others = [1.0, 2.0, 4.0, 4.5], [0.0, 0.5, 0.25]
+    low, high = welch_interval(ones, others)
+    parts = [np.var(x, ddof=1) / len(x) for x in (ones, others)]
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 3 + parts[1] ** 2 / 2)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts))
+    middle = np.mean(ones) - np.mean(others)
+    assert (low, high) == pytest.approx((middle - half, middle + half))
+
+
+def test_one_more_seed_falls_into_the_prediction_interval_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(3, 2, (4000, 4))
+    inside = [
+        low <= last <= high for *few, last in draws for low, high in [prediction_interval(few)]
+    ]
+    assert abs(np.mean(inside) - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 4000)
+
+
+def test_reruns_agree_within_two_nats_or_within_what_seeds_vary():
+    dots = {epoch: 100.0 for epoch in range(1, 16)}
+    flat = [100.0] * 15
+    near, far = ([run_of("released-info", np.add(flat, by))] for by in (1.9, 2.1))
+    assert [row["epoch"] for row in agreement(near, dots)] == [5, 10, 15]
+    assert all(row["agrees"] for row in agreement(near, dots))
+    assert not any(row["agrees"] for row in agreement(far, dots))
+    spread = [run_of("released-beta", np.add(flat, by), s) for s, by in enumerate((0, 4, 8))]
+    assert all(row["agrees"] and row["low"] < 100 < row["high"] for row in agreement(spread, dots))
+    two = agreement(spread[1:], dots)
+    assert not any(row["agrees"] for row in two) and np.isnan(two[0]["low"]), "needs three seeds"
+    tight = [run_of("released-beta", np.add(flat, 4 + by), s) for s, by in enumerate((0, 0.1, 0.2))]
+    assert not any(row["agrees"] for row in agreement(tight, dots)), "three seeds beside the dot"
+
+
+def test_agreement_of_short_runs_and_under_a_normalisation():
+    dots = {epoch: 100.0 - epoch for epoch in range(1, 15)}  # one curve ends at epoch 14
+    (row,) = agreement([run_of("released-cnn", [198.0])], dots, factor=0.5)
+    assert row["epoch"] == 1 and row["mean"] == 99 and row["agrees"]
+    whole = agreement([run_of("released-cnn", [100.0 - e for e in range(1, 16)])], dots)
+    assert [row["epoch"] for row in whole] == [5, 10, 14] and whole[-1]["mean"] == 86
+
+
+def test_released_models_go_by_the_names_of_the_published_curves():
+    names = {name: published_name(name) for name in RELEASED_POSTERIORS}
+    assert {n for n, p in names.items() if p == "published-script"} == {
+        n for n in RELEASED_POSTERIORS if "rho" in n
+    }
+    assert set(names.values()) == {"diagonal", "published-script"}
+    assert published_name("published-notebook") == "published-notebook"
+
+
+def test_row_one_shows_the_released_models_where_there_are_any():
+    ours = {name: [run_of(name, [5.0, 4.0])] for name in ("diagonal", "published-script")}
+    seeds = [run_of("released-info", [3.0, 2.0, 1.0], seed) for seed in range(2)]
+    released = {"mnist": {"released-info": seeds}}
+    runs = {"mnist": ours, "fashion-mnist": ours}
+    dots = {("mnist", "diagonal"): {1: 3.0}}
+    figure = figures.as_published_and_true(runs, dots, released=released)
+    tops = {axes.get_title(): axes for axes in figure.axes if "reported" in axes.get_ylabel()}
+    assert list(tops) == ["mnist: as released (epochs: 3, seeds: 2)", "fashion-mnist: as published"]
+    lines = [
+        {line.get_label() for line in axes.get_lines() if line.get_label()[0] != "_"}
+        for axes in tops.values()
+    ]
+    assert lines == [{"VAE, as released"}, {"diagonal (VAE)", "as published, script"}]
+    bottoms = [axes.get_title() for axes in figure.axes if "ELBO" in axes.get_ylabel()]
+    assert bottoms == [f"{name}: true cost (epochs: 2, seeds: 1)" for name in runs]
+
+
+def test_a_curve_of_one_epoch_is_a_mark():
+    _, axes = plt.subplots()
+    figures.loss_curves(axes, [run_of("released-cnn", [3.0])], "loss")
+    (line,) = axes.get_lines()
+    assert line.get_marker() == "s" and line.get_ydata() == [3.0]
 
 
 def test_a_figure_says_from_which_records_it_was_made(records, tmp_path):

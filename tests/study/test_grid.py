@@ -27,7 +27,7 @@ FIGURES = ("04_decomposition", "06_figure_1_full", "06_figure_2_mnist_full",
            "06_figure_2_fashion-mnist_full")  # fmt: skip
 
 
-UNCOMMITTED = {"smoke", "control_script", "corrected", "released"}
+UNFINISHED = {"smoke", "control_script", "corrected", "released"}
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -94,7 +94,7 @@ def test_the_committed_records_are_those_of_the_grid(tmp_path):
     for grid in grids.GRIDS:
         names = {experiment.name for experiment in grids.GRIDS[grid]()}
         found = {path.stem for path in (results / grid).glob("*.json")}
-        assert found == (set() if grid in UNCOMMITTED else names), grid
+        assert found <= names if grid in UNFINISHED else found == names, grid
         for path in (results / grid).glob("*.json"):
             assert Experiment(**load_record(path)["experiment"]).name == path.stem
 
