@@ -139,10 +139,10 @@ def as_published_and_true(
         published: (data set, posterior) -> epoch -> nats, from `records.published_curves`, or {}.
         factor: the normalisation under which the released code reports.
         released: the same as runs, of the released models; row one then shows these, and those of
-            `runs` only where there are none.
+            `runs` only where there are none. None where runs are the released models themselves.
     """
     size = (4.5 * len(runs), 6.6)
-    figure, all_axes = plt.subplots(2, len(runs), figsize=size, sharex=True, dpi=90)
+    figure, all_axes = plt.subplots(2, len(runs), figsize=size, sharex=True, squeeze=False, dpi=90)
     for (top, bottom), (dataset, groups) in zip(all_axes.T, runs.items(), strict=True):
         models = (released or {}).get(dataset, {})
         ours = [groups.get(name, []) for name in ("diagonal", "published-script")]
@@ -151,9 +151,9 @@ def as_published_and_true(
         for name in ("diagonal", "published-script"):
             dots = published.get((dataset, name), {})
             top.plot(list(dots), list(dots.values()), "o", ms=3.5, mfc="none", color=COLORS[name])
-        what = "as released" if models else "as published"
-        top.set(title=f"{dataset}: {what} ({extent(shown)})" if models else f"{dataset}: {what}",
-                ylabel="reported test loss (nats)", xlabel="")  # fmt: skip
+        what = "as published" if released is None else "our network, reported"
+        what = f"as released ({extent(shown)})" if models else what
+        top.set(title=f"{dataset}: {what}", ylabel="reported test loss (nats)", xlabel="")
         everything = [record for group in groups.values() for record in group]
         loss_curves(bottom, everything)
         bottom.set(title=f"{dataset}: true cost ({extent(everything)})")

@@ -213,12 +213,15 @@ def test_row_one_shows_the_released_models_where_there_are_any():
     dots = {("mnist", "diagonal"): {1: 3.0}}
     figure = figures.as_published_and_true(runs, dots, released=released)
     tops = {axes.get_title(): axes for axes in figure.axes if "reported" in axes.get_ylabel()}
-    assert list(tops) == ["mnist: as released (epochs: 3, seeds: 2)", "fashion-mnist: as published"]
+    titles = ["as released (epochs: 3, seeds: 2)", "our network, reported"]
+    assert list(tops) == [f"{name}: {title}" for name, title in zip(runs, titles, strict=True)]
     lines = [
         {line.get_label() for line in axes.get_lines() if line.get_label()[0] != "_"}
         for axes in tops.values()
     ]
     assert lines == [{"VAE, as released"}, {"diagonal (VAE)", "as published, script"}]
+    (alone,) = (axes for axes in figures.as_published_and_true({"mnist": ours}, dots).axes[:1])
+    assert alone.get_title() == "mnist: as published"
     bottoms = [axes.get_title() for axes in figure.axes if "ELBO" in axes.get_ylabel()]
     assert bottoms == [f"{name}: true cost (epochs: 2, seeds: 1)" for name in runs]
 
