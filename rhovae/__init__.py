@@ -3,6 +3,7 @@
 What is imported here needs torch alone. The experiments that it was studied by are `rhovae.study`.
 """
 
+from . import kl  # noqa: F401  (registers the divergences)
 from .chains import AR1Prior, Sites
 from .distribution import AR1Normal
 from .posteriors import POSTERIORS

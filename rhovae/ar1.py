@@ -83,7 +83,7 @@ def from_fisher_z(fisher_z: Tensor) -> FromFisherZ:
     return FromFisherZ(*_FisherZ.apply(fisher_z))
 
 
-def saturation(dtype: torch.dtype) -> int:
+def _saturation(dtype: torch.dtype) -> int:
     """A whole M such that exp(-2 M) is less than the last digit of 1."""
     return math.ceil(1 - math.log(torch.finfo(dtype).eps) / 2)
 
@@ -102,7 +102,7 @@ class _FisherZ(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor) -> tuple[Tensor, ...]:
         decay = torch.exp(-a.abs())  # cosh overflows long before sech underflows
-        limit = saturation(a.dtype)
+        limit = _saturation(a.dtype)
         near = a.clamp(-limit, limit)
         log = -torch.log1p(near.sinh().square()) - 2 * (a - near).abs()
         return a.tanh(), 2 * decay / (1 + decay.square()), log

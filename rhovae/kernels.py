@@ -180,7 +180,7 @@ class _FisherZ(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor) -> Tensors:
         given = a.contiguous()
         rho, c, log = (_empty_like(given) for _ in range(3))
-        limit = ar1.saturation(a.dtype)
+        limit = ar1._saturation(a.dtype)
         _run("fisher_z", (given, rho, c, log), given, _batch(given), limit)
         ctx.save_for_backward(a, rho, c)
         return rho, c, log
