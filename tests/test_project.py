@@ -1,6 +1,7 @@
 """Files that must agree with one another."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -101,18 +102,20 @@ def test_importing_the_core_is_quick_and_loads_nothing_of_the_study():
         "assert not [name for name in sys.modules if name.startswith('rhovae.study')]"
     )
     command = [sys.executable, "-W", "error", "-c", code]
-    seconds = [float(subprocess.check_output(command, cwd=ROOT)) for _ in range(3)]
+    seconds = []
+    while not seconds or (min(seconds) >= 0.15 and len(seconds) < 3):
+        seconds.append(float(subprocess.check_output(command, cwd=ROOT)))
     assert min(seconds) < 0.15, seconds
 
 
-def test_without_the_study_s_packages_the_remedy_is_named():
-    code = (
-        "import sys; sys.modules['torchvision'] = None\n"
-        "try: import rhovae.study\n"
-        "except ModuleNotFoundError as error: print(error)"
-    )
-    text = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
-    assert "torchvision, which is not installed" in text and "pip install rhovae[study]" in text
+@pytest.mark.parametrize("name", PROJECT["optional-dependencies"]["study"])
+def test_without_the_study_s_packages_the_remedy_is_named(name, monkeypatch):
+    """At once, and not first where one of them is used."""
+    name = {"pillow": "PIL"}.get(name, name)
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "rhovae.study", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=f"needs {name}, which is not .*rhovae.study."):
+        importlib.import_module("rhovae.study")
 
 
 def test_the_wheel_is_code_and_what_it_holds_is_enough(tmp_path):
@@ -146,11 +149,14 @@ def test_the_workflows_run_make_targets_and_nothing_else():
                 assert not target or f"\n{target[1]}:" in makefile, target
 
 
-def test_importing_the_package_changes_nothing_global():
+def test_importing_the_package_changes_nothing_global_and_loads_nothing_slow():
+    """What takes seconds to load is loaded where it is used."""
     code = (
         "import matplotlib, torch; before = dict(matplotlib.rcParams), torch.initial_seed();"
-        "import rhovae, rhovae.study.figures;"
-        "assert (dict(matplotlib.rcParams), torch.initial_seed()) == before"
+        "import sys, rhovae, rhovae.study.figures;"
+        "assert (dict(matplotlib.rcParams), torch.initial_seed()) == before;"
+        "slow = {'torchvision', 'torchmetrics', 'scipy.stats', 'torch._dynamo', 'numba'};"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -168,9 +174,10 @@ def test_the_results_in_the_readme_are_those_of_the_records():
     assert readme.updated(text) == text, "run: python tools/readme.py"
 
 
-def test_the_recipe_in_the_readme_runs():
-    code = core_alone.example()
-    subprocess.run([sys.executable, "-c", code + "\nassert kl.shape == (128,)"], check=True)
+def test_the_recipe_in_the_readme_runs(float32):
+    names = {}
+    exec(core_alone.example(), names)
+    assert names["kl"].shape == (128,)
 
 
 def test_every_cited_equation_is_in_its_notebook():

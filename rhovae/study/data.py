@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
 
-DATASETS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
+DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}  # torchvision's names
 SPLITS = ("train", "test")
 SOURCES = ("embedded", "full")
 
@@ -115,6 +114,15 @@ def to_unit_interval(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(255)
 
 
+def resized(images: Tensor, size: int) -> Tensor:
+    """Bilinear and antialiased, as the paper's script resizes through Pillow; 0: as they are."""
+    if size == 0 or images.shape[-2:] == (size, size):
+        return images
+    from torchvision.transforms.v2 import functional  # here, as it loads more than torch does
+
+    return functional.resize(images, [size, size], antialias=True)
+
+
 def fingerprint(images: Tensor) -> str:
     """SHA-256 over the bytes of an image tensor: which data a record was made from."""
     return hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
@@ -178,9 +186,11 @@ def _check_whole(full, name: str, split: str) -> None:
 
 
 def _full(name: str, split: str, root: str | Path | None):
+    from torchvision import datasets  # here, as it loads more than torch does
+
     root = Path(root or os.environ.get("RHOVAE_DATA") or _default_root())
-    dataset, train = DATASETS[name], split == "train"
-    folder = root / dataset.__name__ / "raw"
+    dataset, train = getattr(datasets, DATASETS[name]), split == "train"
+    folder = root / DATASETS[name] / "raw"
     complete = len(list(folder.glob("*-ubyte"))) == 4
     try:
         if not complete:

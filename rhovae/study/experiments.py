@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torchvision.transforms.v2.functional
 from torch import Tensor, nn
 
 from ..objectives import KERNELS, OBJECTIVES, Terms, negative_elbo
@@ -23,6 +22,7 @@ from .data import (
     load_images,
     load_labels,
     require_known,
+    resized,
     to_unit_interval,
 )
 from .evaluation import evaluate, inference_gaps, iwae_nll, latent_statistics
@@ -265,7 +265,7 @@ def run_experiment(
             require_writable(kept, experiment.name)
     images = images or _images(experiment, train, test, root)
     place = pick_device(device)
-    train, test = (_resized(part, experiment.image_size).to(place) for part in images)
+    train, test = (resized(part, experiment.image_size).to(place) for part in images)
     vae = build_vae(experiment, tuple(train.shape[1:])).to(place)
     origin = environment(place)
     checkpoint = _checkpoint(experiment, images, origin, checkpoints) if checkpoints else None
@@ -372,13 +372,6 @@ def _images(experiment, train, test, root) -> tuple[Tensor, Tensor]:
         for split in ("train", "test")
     )
     return train, test
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    """Bilinear and antialiased, as the paper's script resizes through Pillow."""
-    if size == 0 or images.shape[-2:] == (size, size):
-        return images
-    return torchvision.transforms.v2.functional.resize(images, [size, size], antialias=True)
 
 
 def _xavier_uniform(module: nn.Module) -> None:

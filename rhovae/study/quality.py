@@ -9,13 +9,11 @@ import hashlib
 from pathlib import Path
 
 import torch
-import torchvision.transforms.v2.functional
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ..vae import VAE
-from .data import DATA_FOLDER, DATASETS, to_unit_interval
+from .data import DATA_FOLDER, DATASETS, resized, to_unit_interval
 
 FEATURES, SIZE = 64, 28
 
@@ -58,9 +56,7 @@ def features(classifier: nn.ModuleDict, images: Tensor, batch_size: int = 500) -
     device = next(classifier.parameters()).device
     for batch in images.split(batch_size):
         x = batch if batch.is_floating_point() else to_unit_interval(batch)
-        if x.shape[-2:] != (SIZE, SIZE):
-            x = torchvision.transforms.v2.functional.resize(x, [SIZE, SIZE], antialias=True)
-        parts.append(classifier["features"](x.to(device)))
+        parts.append(classifier["features"](resized(x, SIZE).to(device)))
     return torch.cat(parts).cpu()
 
 
@@ -79,6 +75,8 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), zero for equal means and covariances. Like every such
     score it has a bias that falls with the number of images: compare equal numbers only.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # it takes a second or two
+
     distance = FrechetInceptionDistance(feature=_Given()).set_dtype(torch.float64)
     distance.update(real.double(), real=True)
     distance.update(generated.double(), real=False)

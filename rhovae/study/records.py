@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from scipy import stats
+from scipy.special import stdtrit
 
 SCHEMA = 1
 REQUIRED = {"schema": int, "experiment": dict, "history": list, "test": dict, "iwae": dict,
@@ -208,8 +208,8 @@ def mean_and_standard_error(values) -> tuple[float, float]:
 def student_interval(differences, level: float = 0.95) -> tuple[float, float]:
     """Student's confidence interval for the mean of a few numbers, one per seed."""
     mean, error = mean_and_standard_error(differences)
-    low, high = stats.t.interval(level, len(differences) - 1, mean, error)
-    return float(low), float(high)
+    reach = error * float(stdtrit(len(differences) - 1, (1 + level) / 2))
+    return mean - reach, mean + reach
 
 
 def welch_interval(ones, others, level: float = 0.95) -> tuple[float, float]:
