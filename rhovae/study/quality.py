@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..vae import VAE
-from .data import DATA_FOLDER, DATASETS, resized, to_unit_interval
+from .data import DATA_FOLDER, DATASETS, fingerprint, resized, to_unit_interval
 
 FEATURES, SIZE = 64, 28
 
@@ -58,6 +58,17 @@ def features(classifier: nn.ModuleDict, images: Tensor, batch_size: int = 500) -
         x = batch if batch.is_floating_point() else to_unit_interval(batch)
         parts.append(classifier["features"](resized(x, SIZE).to(device)))
     return torch.cat(parts).cpu()
+
+
+_REAL: dict[tuple, Tensor] = {}
+
+
+def _features_of_real(classifier: nn.ModuleDict, digest: str, images: Tensor) -> Tensor:
+    """`features`, kept: models that are compared in one process are judged by the same images."""
+    key = digest, fingerprint(images), images.shape, images.device
+    if key not in _REAL:
+        _REAL[key] = features(classifier, images)
+    return _REAL[key]
 
 
 class _Given(nn.Module):
@@ -124,7 +135,9 @@ def sample_quality(dataset: str, vae: VAE, test: Tensor, train: Tensor) -> dict 
     classifier = classifier.to(test.device)
     sizes = [len(part) for part in test.split(500)]
     generated = torch.cat([features(classifier, vae.generate(size)) for size in sizes])
-    real, seen = (features(classifier, images) for images in (test, train[: len(test)]))
+    real, seen = (
+        _features_of_real(classifier, digest, images) for images in (test, train[: len(test)])
+    )
     precision, recall = precision_and_recall(real, generated)
     return {
         "frechet_distance": frechet_distance(real, generated),
