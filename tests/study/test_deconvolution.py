@@ -159,7 +159,7 @@ def test_the_price_is_the_divergence_of_the_best_diagonal(weight, data):
 
 
 def test_expected_excess_is_the_mean_over_measurements(weight):
-    data = measure(20_000, 0.4, torch.Generator().manual_seed(4), dtype=DOUBLE)
+    data = measure(4000, 0.4, torch.Generator().manual_seed(4), dtype=DOUBLE)
     truth = blur(torch.tensor(TAPS, dtype=DOUBLE))
     likelihood, price = expected_excess(weight, data.mask)
     found = negative_log_evidence(weight, data) - negative_log_evidence(truth, data)

@@ -579,14 +579,16 @@ def test_every_objective_trains(images, objective):
 
 @pytest.mark.parametrize("dataset, posterior", [("mnist", "ar1"), ("fashion-mnist", "diagonal")])
 def test_a_larger_beta_buys_a_smaller_kl_by_reconstruction(dataset, posterior):
-    """On the embedded images, as theory says: the KL falls and the reconstruction suffers."""
+    """On embedded images, as theory says: the KL falls and the reconstruction suffers."""
+    parts = {"train": load_images(dataset)[:2000], "test": load_images(dataset, "test")[:500]}
     tests = []
     for beta in (1.0, 2.0, 4.0, 8.0):
         experiment = Experiment(
-            dataset, posterior=posterior, objective="beta-elbo", beta=beta, epochs=4,
-            iwae_samples=1, iwae_images=1,
+            f"part-of-{dataset}", source="own", posterior=posterior, objective="beta-elbo",
+            beta=beta, epochs=4, batch_size=64, iwae_samples=1, iwae_images=1, pictures=False,
         )  # fmt: skip
-        tests.append(run_experiment(experiment, device="cpu", progress=False)["test"])
+        record = run_experiment(experiment, **parts, device="cpu", progress=False)
+        tests.append(record["test"])
     kls = [test["kl"] for test in tests]
     assert kls == sorted(kls, reverse=True) and kls[-1] < 0.8 * kls[0]
     reconstructions = [test["reconstruction"] for test in tests]
@@ -595,7 +597,7 @@ def test_a_larger_beta_buys_a_smaller_kl_by_reconstruction(dataset, posterior):
 
 def test_a_small_head_starts_near_the_prior_and_keeps_dcgan_from_diverging():
     """With heads as they come, the KL of the first steps passes a hundred thousand nats."""
-    x = to_unit_interval(load_images("fashion-mnist")[:640])
+    x = to_unit_interval(load_images("fashion-mnist")[:160])
     kls = {}
     for scale in (1.0, 0.01):
         experiment = Experiment(
@@ -609,7 +611,7 @@ def test_a_small_head_starts_near_the_prior_and_keeps_dcgan_from_diverging():
             torch.testing.assert_close(vae.get_parameter(name), factor * parameter)
         optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
         kls[scale] = []
-        for batch in x.split(128):
+        for batch in x.split(32):
             terms = negative_elbo(*vae(batch), batch)
             optimizer.zero_grad()
             terms.loss.mean().backward()

@@ -1,5 +1,6 @@
 """The grid: what is planned, what a kill leaves, and how far it says it is."""
 
+import json
 import re
 import shlex
 import signal
@@ -39,13 +40,56 @@ def command(folder, *arguments, **config):
     return [*start, "--directory", folder, "--cores", "2", *arguments, "--config", *settings]
 
 
-def planned(folder, *arguments, **config):
+# Runs Snakemake's command in a fork of itself for each line of arguments that it reads, so that
+# Snakemake, torch and the grids are loaded once and not for each plan.
+FORKS = """
+import json, os, sys
+from snakemake.cli import main
+
+sys.path.insert(0, sys.argv[1])
+import grids
+
+for line in sys.stdin:
+    file, arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        out = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.argv = ["snakemake", *arguments]
+        main()  # which exits
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def snakemake(tmp_path_factory):
+    """A function of Snakemake's arguments: exit code and text of what trains nothing."""
+    file = tmp_path_factory.mktemp("snakemake") / "text"
+    forks = subprocess.Popen(
+        [sys.executable, "-c", FORKS, ROOT / "tools"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def run(folder, *arguments, **config):
+        _, _, _, *words = command(folder, *arguments, **config)
+        forks.stdin.write(json.dumps([str(file), list(map(str, words))]) + "\n")
+        forks.stdin.flush()
+        return int(forks.stdout.readline()), file.read_text()
+
+    yield run
+    forks.communicate()
+
+
+@pytest.fixture
+def planned(snakemake):
     """What a dry run would do, as {rule: number of jobs} and its whole text."""
-    run = subprocess.run(
-        command(folder, "--dry-run", *arguments, **config), capture_output=True, text=True
-    )
-    text = run.stdout + run.stderr
-    assert run.returncode == 0, text
+    return lambda folder, **config: plan_of(*snakemake(folder, "--dry-run", **config))
+
+
+def plan_of(code, text):
+    assert code == 0, text
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", text.partition("Job stats:")[2], flags=re.M))
     return {rule: int(count) for rule, count in jobs.items() if rule not in ("all", "total")}, text
 
@@ -64,7 +108,7 @@ def finished(tmp_path):
     return tmp_path
 
 
-def test_on_a_finished_tree_nothing_is_planned_and_a_lost_record_is(finished):
+def test_on_a_finished_tree_nothing_is_planned_and_a_lost_record_is(finished, planned):
     config = dict(grids="audit,control")
     jobs, text = planned(finished, **config)
     assert jobs == {} and "Nothing to be done" in text
@@ -82,7 +126,7 @@ def test_on_a_finished_tree_nothing_is_planned_and_a_lost_record_is(finished):
     assert f"training {lost['audit']}" in text
 
 
-def test_the_committed_records_are_those_of_the_grid(tmp_path):
+def test_the_committed_records_are_those_of_the_grid(tmp_path, planned):
     """Nothing of the committed results would be trained again, and nothing else lies there."""
     results = ROOT / "data" / "results"
     jobs, _ = planned(tmp_path, results=results, figures=tmp_path / "figures")
@@ -99,12 +143,9 @@ def test_the_committed_records_are_those_of_the_grid(tmp_path):
             assert Experiment(**load_record(path)["experiment"]).name == path.stem
 
 
-def test_an_unknown_grid_is_refused(tmp_path):
-    run = subprocess.run(
-        command(tmp_path, "--dry-run", grids="audits"), capture_output=True, text=True
-    )
-    assert run.returncode != 0
-    assert "There is no grid audits; choose from audit, control" in run.stdout + run.stderr
+def test_an_unknown_grid_is_refused(tmp_path, snakemake):
+    code, text = snakemake(tmp_path, "--dry-run", grids="audits")
+    assert code != 0 and "There is no grid audits; choose from audit, control" in text
 
 
 @pytest.mark.parametrize("grid", grids.GRIDS)
@@ -128,7 +169,9 @@ def kill_with_everything_it_started(process):
     psutil.wait_procs(family, timeout=20)
 
 
-def test_a_killed_grid_goes_on_and_ends_as_if_nothing_had_been(tmp_path, without_times):
+def test_a_killed_grid_goes_on_and_ends_as_if_nothing_had_been(
+    tmp_path, without_times, snakemake, planned
+):
     """Two runs, killed with the head once both have saved an epoch, then the same command again."""
     experiments = grids.smoke()
     checkpoints = [tmp_path / "checkpoints" / f"{e.run_name}.pt" for e in experiments]
@@ -147,7 +190,7 @@ def test_a_killed_grid_goes_on_and_ends_as_if_nothing_had_been(tmp_path, without
     saved = [read_checkpoint(path)["history"] for path in checkpoints]
     assert re.fullmatch(r"smoke: [01] of 2 records, \d+ of 10 epochs \(\d+%\)", lines[-1]), lines
 
-    subprocess.run(command(tmp_path, "--unlock", grids="smoke"), check=True, capture_output=True)
+    assert snakemake(tmp_path, "--unlock", grids="smoke")[0] == 0
     run = subprocess.run(command(tmp_path, grids="smoke"), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "steps (100%) done" in run.stdout + run.stderr
@@ -169,23 +212,23 @@ def test_a_killed_grid_goes_on_and_ends_as_if_nothing_had_been(tmp_path, without
 
 
 def test_a_second_grid_is_refused_and_ctrl_c_leaves_no_process_and_no_lock(
-    tmp_path, in_a_session, signal_session
+    tmp_path, in_a_session, signal_session, snakemake, planned
 ):
     """Two `make paper` at once: the second is told so, the first never notices."""
+    one = tmp_path / "results" / "smoke" / f"{grids.smoke()[0].name}.json"  # a job is enough
     first = in_a_session(
-        command(tmp_path, grids="smoke"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command(tmp_path, one, grids="smoke"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     deadline = time.monotonic() + 200
     while not list((tmp_path / "checkpoints").glob("*.pt")):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     family = psutil.Process(first.pid).children(recursive=True)
-    assert len(family) >= 2, "jobs and their kernels"
+    assert len(family) >= 2, "the job and its kernel"
     for process in family:
         process.suspend()  # or they might be done before the second is refused
-    second = subprocess.run(command(tmp_path, grids="smoke"), capture_output=True, text=True)
-    assert second.returncode != 0
-    assert "Directory cannot be locked" in second.stdout + second.stderr
+    code, text = snakemake(tmp_path, grids="smoke")
+    assert code != 0 and "Directory cannot be locked" in text
     for process in family:
         process.resume()
     assert first.poll() is None
