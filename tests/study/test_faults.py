@@ -34,7 +34,7 @@ FUZZ = int(os.environ.get("RHOVAE_FUZZ", "1000"))
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-import torch
+import numba, torch, torch._dynamo  # with what each run would load again
 from rhovae.study import Experiment, run_experiment
 
 torch.set_num_threads(1)
