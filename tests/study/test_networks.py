@@ -141,9 +141,9 @@ def test_inference_gaps_find_the_best_posterior_of_each_image(float32):
     vae = small_vae("diagonal", 1)
     with torch.no_grad():
         vae.decoder[0].weight.mul_(4)  # images that say something about z
-    images = torch.randint(0, 256, (6, *SHAPE), dtype=torch.uint8)
+    images = torch.randint(0, 256, (24, *SHAPE), dtype=torch.uint8)
     best, nll = best_by_quadrature(copy.deepcopy(vae).double(), images.double() / 255)
-    gaps = inference_gaps(vae, images, samples=16, judged=4000)
+    gaps = inference_gaps(vae, images, steps=250, learning_rate=0.06, samples=16)
     assert list(gaps) == ["encoder", *POSTERIORS]
     assert gaps["encoder"]["negative_elbo"] > best + 0.2 and nll < best - 0.001
     for name in POSTERIORS:
