@@ -218,6 +218,8 @@ def welch_interval(ones, others, level: float = 0.95) -> tuple[float, float]:
     Student's with the standard errors added in squares, and degrees of freedom that allow for
     unequal variances.
     """
+    from scipy import stats  # here, as it takes a second to load
+
     result = stats.ttest_ind(list(ones), list(others), equal_var=False)
     low, high = result.confidence_interval(level)
     return float(low), float(high)
@@ -228,10 +230,10 @@ def prediction_interval(values, level: float = 0.95) -> tuple[float, float]:
 
     mean -+ t_{n-1} s sqrt(1 + 1/n), s the standard deviation over the n seeds.
     """
-    values = np.asarray(list(values), dtype=float)
-    spread = values.std(ddof=1) * math.sqrt(1 + 1 / len(values))
-    low, high = stats.t.interval(level, len(values) - 1, values.mean(), spread)
-    return float(low), float(high)
+    values = list(values)
+    mean, error = mean_and_standard_error(values)
+    reach = error * math.sqrt(len(values) + 1) * float(stdtrit(len(values) - 1, (1 + level) / 2))
+    return mean - reach, mean + reach
 
 
 AGREE_AT, AGREE_WITHIN = (5, 10, 15), 2.0
