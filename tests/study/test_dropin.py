@@ -303,8 +303,9 @@ def run_the_program(library, check, tmp_path):
     (code,) = [block for block in blocks if re.search(rf"^(import|from) {library}\b", block, re.M)]
     if "RhoVAE()\n" in code:
         classes = [t for t in texts if t.startswith(("class PlainVAE", "class RhoVAE"))]
-        head = "import torch\nfrom torch import nn\nfrom torch.distributions import *"
-        code = "\n\n".join([head, "from rhovae import AR1Normal", *classes, code])
+        place = "# Here the two classes of 9.1, PlainVAE and RhoVAE.\n"
+        assert place in code
+        code = code.replace(place, "\n\n".join(classes) + "\n")
     file = tmp_path / "own_model.py"
     file.write_text(f"{code}\n{check}\n")
     environment = os.environ | {"PYTHONPATH": str(NOTEBOOK.parents[1])}
