@@ -1,4 +1,4 @@
-"""When the draw of AR1Normal takes the compiled loops, and what they are to autograd.
+"""When AR1Normal takes the compiled loops, and what they are to autograd.
 
 As tensor operations, a draw with its gradient passes over its numbers some forty times, and up to
 a few thousand numbers each pass costs its own start and little else. `loops` passes once each way.

@@ -1,4 +1,4 @@
-"""The draw of AR1Normal and its gradient as plain loops, compiled by numba (rhovae[fast]).
+"""Draw, conditioning and Fisher's z, with gradients, as loops that numba compiles (rhovae[fast]).
 
     z_j = loc_j + scale_j x_j,    x_1 = e_1,    x_j = rho_{j-1} x_{j-1} + c_{j-1} e_j        (1.1)
 
@@ -7,9 +7,9 @@ with c^2 = 1 - rho^2, and backwards, a prime for the derivative with respect to,
     u'_j = scale_j z'_j + rho_j u'_{j+1},    scale'_j = z'_j x_j,
     rho'_j = u'_{j+1} x_j,    c'_j = u'_{j+1} e_{j+1}                                        (3.5)
 
-(notebooks 01 and 03; loc' is z'). Each goes over the numbers once. `kernels` decides when they run
-and imports this module then. A chain is a row; there are `rows` of noise, and parameters for
-`batch` of them, which repeat. What is shared along a chain has one column.
+(notebooks 01 and 03; loc' is z'). Each goes over memory once, four chains side by side. `kernels`
+decides when they run and imports this module then. A chain is a row; there are `rows` of noise, and
+parameters for `batch` of them, which repeat. What is shared along a chain has one column.
 """
 
 from ctypes import CFUNCTYPE, c_int64, c_void_p
