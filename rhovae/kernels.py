@@ -250,25 +250,27 @@ class _Condition(torch.autograd.Function):
         if torch.is_grad_enabled() or not _readable(held[0], *gradients):
             needed = ctx.needs_input_grad[2:]
             return None, None, *_backward_by_scan(ctx.by_scan, needed, inputs, gradients)
-        of_loc, of_scale, of_weight, of_value = (_empty_like(gradients[0]) for _ in range(4))
-        of_rho, of_c = (_empty_like(gradients[2]) for _ in range(2))
+        mean = gradients[0]
+        of_loc, of_weight, of_value = (_empty_like(mean) for _ in range(3))
+        of_scale, of_rho, of_c = (_for_each_row(mean, t) for t in inputs[1:4])
         found = of_loc, of_scale, of_rho, of_c, of_weight, of_value
-        tensors = *held, *gradients, *found
-        _run("condition_backward", tensors, of_loc, _batch(inputs[0]), ctx.natural)
+        tensors = *inputs, *held, *gradients, *found
+        _run("condition_backward", tensors, of_loc, _batch(inputs[0]), *_sizes(inputs), ctx.natural)
         return None, None, *(ar1._sum_to(t.shape, f) for t, f in zip(inputs, found, strict=True))
 
 
 def _condition(inputs: Sequence[Tensor], natural: bool) -> tuple[Tensors, Tensors]:
     """What only the gradient needs, and the four results."""
-    loc, scale, rho, innovation, weight, value = inputs
-    # One entry for each variable or step, also where they share one: the loops need not ask.
-    steps = (t.expand_as(loc[..., 1:]).contiguous() for t in (rho, innovation))
-    given = loc, scale.expand_as(loc).contiguous(), *steps, weight, value
+    loc, *_, value = inputs
     known, pulled, unit_mean, mean, sd = (_empty_like(value) for _ in range(5))
     inverse, after_rho, after_c = (_empty_like(value[..., 1:]) for _ in range(3))
-    inner, outer = (*given, inverse, known, pulled, unit_mean), (mean, sd, after_rho, after_c)
-    _run("condition", (*inner, *outer), value, _batch(loc), natural)
+    inner, outer = (inverse, known, pulled, unit_mean), (mean, sd, after_rho, after_c)
+    _run("condition", (*inputs, *inner, *outer), value, _batch(loc), *_sizes(inputs), natural)
     return inner, outer
+
+
+def _sizes(inputs: Sequence[Tensor]) -> tuple[int, int]:
+    return inputs[1].shape[-1], inputs[2].shape[-1]
 
 
 def _backward_by_scan(
