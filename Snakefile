@@ -22,7 +22,7 @@ RUNS = config.get("runs", "runs/full")  # checkpoints and executed notebooks, an
 RESULTS = config.get("results", f"{RUNS}/results")  # the records, and
 FIGURES = config.get("figures", f"{RUNS}/figures")  # the figures
 THREADS = int(config.get("threads", 1))  # of a training run: runs at a time = cores / threads
-CHOSEN = config.get("grids", "audit,control,convolutional").split(",")
+CHOSEN = config.get("grids", "audit,control,control_script,convolutional").split(",")
 RUN = shlex.join([sys.executable, str(TOOLS / "notebooks.py"), "run"])
 
 unknown = set(CHOSEN) - set(GRIDS)
@@ -53,7 +53,8 @@ NUMBERS += ["3", "4", "5"] * bool({"convolutional", "corrected"} & set(CHOSEN))
 PAPER_FIGURES = [f"{FIGURES}/06_figure_{number}_full.svg" for number in NUMBERS]
 ALL = records(*CHOSEN)
 ALL += PAPER_FIGURES if "audit" in CHOSEN else []
-ALL += [f"{FIGURES}/04_decomposition.svg"] if {"audit", "control"} <= set(CHOSEN) else []
+OF_AUDIT = ("audit", "control", "control_script")
+ALL += [f"{FIGURES}/04_decomposition.svg"] if set(OF_AUDIT) <= set(CHOSEN) else []
 FAMILIES = ("families", "gaps", "rows")
 ALL += [f"{FIGURES}/07_recommendation.svg"] if set(FAMILIES) <= set(CHOSEN) else []
 
@@ -113,7 +114,7 @@ rule paper_figures:
 
 rule audit_figures:
     input:
-        records("audit", "control", "control_script"),
+        records(*OF_AUDIT),
     output:
         f"{FIGURES}/04_decomposition.svg",
     log:

@@ -28,7 +28,7 @@ FIGURES = ("04_decomposition", "06_figure_1_full", "06_figure_2_mnist_full",
            "06_figure_2_fashion-mnist_full")  # fmt: skip
 
 
-UNFINISHED = {"smoke", "control_script", "corrected", "released"}
+UNFINISHED = {"smoke", "corrected", "released"}
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -97,7 +97,7 @@ def plan_of(code, text):
 @pytest.fixture
 def finished(tmp_path):
     """A tree in which everything is made; what its files hold does not matter to a plan."""
-    for grid in ("audit", "control"):
+    for grid in ("audit", "control", "control_script"):
         folder = tmp_path / "results" / grid
         folder.mkdir(parents=True)
         for experiment in grids.GRIDS[grid]():
@@ -109,7 +109,7 @@ def finished(tmp_path):
 
 
 def test_on_a_finished_tree_nothing_is_planned_and_a_lost_record_is(finished, planned):
-    config = dict(grids="audit,control")
+    config = dict(grids="audit,control,control_script")
     jobs, text = planned(finished, **config)
     assert jobs == {} and "Nothing to be done" in text
     lost = {grid: grids.GRIDS[grid]()[3].name for grid in ("audit", "control")}
