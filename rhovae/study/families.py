@@ -1,0 +1,135 @@
+"""Families of posteriors compared: over seeds from records, and by the best member of each.
+
+                                                                  notebooks/07, notebooks/12, 13
+A panel is one data set and one latent dimension, with the runs of every family. Each family is
+compared with the diagonal one, seed by seed, and many comparisons are counted together.
+"""
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ..posteriors import POSTERIORS
+from .records import by_posterior, format_nats, load_records, paired_difference, student_interval
+
+Panels = dict[str, dict[str, list[dict]]]
+"""'mnist, d = 20' -> family -> records, one for each seed."""
+
+MEASURES: dict[str, Callable[[dict], float]] = {
+    "−ELBO": lambda r: r["test"]["negative_elbo"],
+    "IWAE-NLL": lambda r: r["iwae"]["nll"],
+}
+COLUMNS: dict[str, Callable[[dict], float | None]] = {
+    "−ELBO": MEASURES["−ELBO"],
+    "reconstruction": lambda r: r["test"]["reconstruction"],
+    "KL": lambda r: r["test"]["kl"],
+    "IWAE-NLL": MEASURES["IWAE-NLL"],
+    "inference gap": lambda r: r["iwae"]["negative_elbo"] - r["iwae"]["nll"],
+    "active units": lambda r: r["latent"]["active_units"],
+    "mean abs. rho": lambda r: r["latent"]["abs_rho"],
+}
+
+
+def lowest(loss: Callable[[], Tensor], parameters: list[Tensor]) -> float:
+    """The smallest value of a loss that L-BFGS finds; the parameters are moved there."""
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=2000, history_size=100, line_search_fn="strong_wolfe",
+        tolerance_grad=1e-8, tolerance_change=1e-10,
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return loss().item()
+
+
+def panels(folder: str | Path, sizes: tuple[int, ...]) -> Panels:
+    """The runs on the full sets, by panel, of the seeds that all families have.
+
+    A panel that lacks a family, or has fewer than two common seeds, is left out.
+    """
+    found: Panels = {}
+    for dataset, size in product(("mnist", "fashion-mnist"), sizes):
+        runs = load_records(folder, source="full", dataset=dataset, latent=size)
+        seeds = [{r["experiment"]["seed"] for r in g} for g in by_posterior(runs).values()]
+        shared = set.intersection(*seeds) if len(seeds) == len(POSTERIORS) else set()
+        groups = by_posterior([r for r in runs if r["experiment"]["seed"] in shared])
+        if len(shared) > 1:
+            found[f"{dataset}, d = {size}"] = {name: groups[name] for name in POSTERIORS}
+    return found
+
+
+def difference(ones: list[dict], others: list[dict], value) -> tuple[float, float, float]:
+    """Mean of the differences seed by seed, and Student's 95 % interval for it."""
+    found = paired_difference(ones, others, value)
+    return (float(found.mean()), *student_interval(found))
+
+
+def holding(found: Panels) -> dict[tuple[str, str, str], int]:
+    """(panel, family, measure) -> sign of the differences that hold together, else 0.
+
+    By Student's test for each, at a false discovery rate of 5 % over all (Benjamini and Hochberg
+    1995).
+    """
+    keys = [(title, name, measure) for title, groups in found.items()
+            for name, measure in product(groups, MEASURES) if name != "diagonal"]  # fmt: skip
+    pairs = [
+        paired_difference(found[title][name], found[title]["diagonal"], MEASURES[measure])
+        for title, name, measure in keys
+    ]
+    p = [stats.ttest_1samp(pair, 0).pvalue for pair in pairs]
+    holds = stats.false_discovery_control(p) < 0.05
+    return {
+        key: int(np.sign(pair.mean())) * int(h)
+        for key, pair, h in zip(keys, pairs, holds, strict=True)
+    }
+
+
+def family_table(found: Panels) -> str:
+    """Markdown table: a row for each family of each panel, means ± standard error over seeds."""
+    lines = [f"| data | family | seeds | {' | '.join(COLUMNS)} |", "|---" * 10 + "|"]
+    for title, groups in found.items():
+        for name, group in groups.items():
+            values = [[value(r) for r in group] for value in COLUMNS.values()]
+            cells = ["" if None in column else format_nats(column) for column in values]
+            lines.append(f"| {title} | {name} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def difference_table(found: Panels, predicted: dict[tuple[str, str], float] | None = None) -> str:
+    """Markdown table: each family minus the diagonal one, with intervals; bold where it holds.
+
+    Args:
+        predicted: (panel, family) -> nats, for a last column.
+    """
+    predicted = predicted or {}
+    lines = ["| data | family | seeds | −ELBO | IWAE-NLL | Theorem 2 |", "|---" * 6 + "|"]
+    if not predicted:
+        lines = ["| data | family | seeds | −ELBO | IWAE-NLL |", "|---" * 5 + "|"]
+    signs = holding(found)
+    for title, groups in found.items():
+        for name in [name for name in groups if name != "diagonal"]:
+            cells = [title, name, str(len(groups[name]))]
+            for measure, value in MEASURES.items():
+                mean, low, high = difference(groups[name], groups["diagonal"], value)
+                text = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+                cells.append(f"**{text}**" if signs[title, name, measure] else text)
+            if predicted:
+                theory = predicted.get((title, name))
+                cells.append("" if theory is None else f"{theory:.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def folded(summary: str, table: str) -> str:
+    """Markdown that shows a table behind a fold, in Jupyter and in the book."""
+    return f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>"
