@@ -34,7 +34,7 @@ progress: $(READY)  ## how far make paper is
 
 # Side by side with one thread each, as they hardly use more.
 figures: $(READY)  ## redraw figures/ from the committed records
-	printf '%s\n' 04_published_code 06_paper_figures 07_which_posterior 10_time | OMP_NUM_THREADS=1 xargs -P 3 -I {} \
+	printf '%s\n' 04_published_code 06_paper_figures 12_trained_posteriors 10_time | OMP_NUM_THREADS=1 xargs -P 3 -I {} \
 	    $(BIN)/python tools/notebooks.py run runs/executed/{}.ipynb notebooks/{}.ipynb -p save_to figures
 
 benchmark: $(READY)  ## time draws, densities and training into data/results/speed.json (with Pythae: pip install -e '.[pythae]')

@@ -2,7 +2,7 @@
 #
 #     snakemake --cores 2                                        everything, into runs/full
 #     snakemake --cores 2 --config grids=convolutional           a part
-#     snakemake --cores 2 --config grids=families,gaps,rows      notebook 07's, some hours
+#     snakemake --cores 2 --config grids=families,gaps,rows      notebooks 12 and 13, some hours
 #     snakemake --cores 2 --config results=data/results figures=figures       what is committed
 #     snakemake --workflow-profile profiles/slurm                on a cluster
 #
@@ -56,7 +56,7 @@ ALL += PAPER_FIGURES if "audit" in CHOSEN else []
 OF_AUDIT = ("audit", "control", "control_script")
 ALL += [f"{FIGURES}/04_decomposition.svg"] if set(OF_AUDIT) <= set(CHOSEN) else []
 FAMILIES = ("families", "gaps", "rows")
-ALL += [f"{FIGURES}/07_recommendation.svg"] if set(FAMILIES) <= set(CHOSEN) else []
+ALL += [f"{FIGURES}/12_recommendation.svg"] if set(FAMILIES) <= set(CHOSEN) else []
 
 
 wildcard_constraints:
@@ -135,11 +135,11 @@ rule family_figures:
     input:
         records(*FAMILIES),
     output:
-        f"{FIGURES}/07_recommendation.svg",
+        f"{FIGURES}/12_recommendation.svg",
     log:
-        f"{RUNS}/notebooks/07_which_posterior.ipynb",
+        f"{RUNS}/notebooks/12_trained_posteriors.ipynb",
     params:
-        notebook=NOTEBOOKS / "07_which_posterior.ipynb",
+        notebook=NOTEBOOKS / "12_trained_posteriors.ipynb",
         settings=command_line(results=absolute(RESULTS), save_to=absolute(FIGURES)),
     resources:
         mem_mb=4000,

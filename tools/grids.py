@@ -123,7 +123,7 @@ def convolutional(epochs: int = 5) -> list[Experiment]:
 
 
 def families() -> list[Experiment]:
-    """Notebook 07: every family of posteriors in one network, by latent dimension and seed."""
+    """Notebook 12: every family of posteriors in one network, by latent dimension and seed."""
     sizes = [*product(SEEDS, (5, 20)), *product(SEEDS[:3], (10, 50))]
     return [
         Experiment(dataset=dataset, source="full", posterior=posterior, latent=latent, seed=seed,
@@ -133,7 +133,7 @@ def families() -> list[Experiment]:
 
 
 def gaps() -> list[Experiment]:
-    """Notebook 07: what the encoder and what each family costs, for decoders of three families."""
+    """Notebook 12: what the encoder and what each family costs, for decoders of three families."""
     decoders = ("diagonal", "ar1", "full")
     return [
         Experiment(dataset=dataset, source="full", posterior=posterior, latent=20, seed=seed,
@@ -143,7 +143,7 @@ def gaps() -> list[Experiment]:
 
 
 def rows() -> list[Experiment]:
-    """Notebook 07: the same families where each row of an image has a latent variable of its own.
+    """Notebook 13: the same families where each row of an image has a latent variable of its own.
 
     The decoder is local, so here no rotation of the latent space can absorb a correlation.
     """

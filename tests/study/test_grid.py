@@ -134,7 +134,7 @@ def test_the_committed_records_are_those_of_the_grid(tmp_path, planned):
     beyond = dict(grids="families,gaps,rows", results=results, figures=tmp_path / "figures")
     assert planned(tmp_path, **beyond)[0] == {"family_figures": 1}
     count = sum(len(grids.GRIDS[grid]()) for grid in ("families", "gaps", "rows"))
-    assert f"notebook 07 are {count} more" in (ROOT / "README.md").read_text()
+    assert f"notebooks 12 and 13 are {count} more" in (ROOT / "README.md").read_text()
     for grid in grids.GRIDS:
         names = {experiment.name for experiment in grids.GRIDS[grid]()}
         found = {path.stem for path in (results / grid).glob("*.json")}
