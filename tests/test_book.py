@@ -37,6 +37,27 @@ def test_the_sources_of_the_book_lie_as_in_the_repository(tmp_path):
     assert any("](../play.md)" in page for page in pages)
 
 
+def test_the_contents_follow_the_reading_order_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    numbers = [int(name.removeprefix("notebooks/")[:2]) for name in book.reading_order(readme)]
+    assert len(numbers) == len(set(numbers))
+    assert numbers[numbers.index(7) :][:4] == [7, 12, 13, 8], "they go on with its questions"
+    with pytest.raises(SystemExit, match="does not list each notebook"):
+        book.reading_order(readme.replace("(notebooks/08_speed.ipynb)", "(notebooks/08.ipynb)"))
+
+
+def test_previous_and_next_follow_the_reading_order():
+    names = [Path(n).name for n in book.reading_order((ROOT / "README.md").read_text())]
+    stated = set()
+    for place, name in enumerate(names):
+        cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
+        prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        for word, other in re.findall(r"(Next|Previous): \[[^\]]+\]\(([\w.]+)\.ipynb\)", prose):
+            assert names[place + (1 if word == "Next" else -1)] == other, f"{name}: {word}"
+            stated.add((name, word))
+    assert {(name, word) for name in names[1:-1] for word in ("Next", "Previous")} <= stated
+
+
 def test_cited_equations_become_links(tmp_path):
     pages = {
         "01_a": [

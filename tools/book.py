@@ -73,16 +73,22 @@ def assemble(source: Path) -> None:
         text = path.read_text().replace(BADGE, "../colab.svg")
         path.write_text(text.replace("](../docs/", "](../"))  # docs lie at the top of the site
     link_equations(sorted((source / "notebooks").glob("*.ipynb")))
-    names = sorted(path.stem for path in (source / "notebooks").glob("*.ipynb"))
-    contents = CONTENTS.format(notebooks="\n".join(f"notebooks/{name}" for name in names))
+    readme = (ROOT / "README.md").read_text()
+    contents = CONTENTS.format(notebooks="\n".join(reading_order(readme)))
     readme = (
-        (ROOT / "README.md")
-        .read_text()
-        .replace("](rhovae)", "](api.md)")
+        readme.replace("](rhovae)", "](api.md)")
         .replace("](rhovae/study)", "](api.md)")
         .replace("\n## Reading order\n", f"\n## Reading order\n{SLIDERS}\n")
     )
     (source / "index.md").write_text(readme + contents)
+
+
+def reading_order(readme: str) -> list[str]:
+    """The notebooks as the table of README lists them, which is not the order of their numbers."""
+    names = re.findall(r"^\| \[[^\]]+\]\((notebooks/\w+)\.ipynb\)", readme, flags=re.M)
+    if set(names) != {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}:
+        sys.exit("The reading order in README.md does not list each notebook, and only those.")
+    return names
 
 
 def spectra() -> str:

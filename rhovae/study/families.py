@@ -17,8 +17,7 @@ from torch import Tensor
 from ..posteriors import POSTERIORS
 from .records import by_posterior, format_nats, load_records, paired_difference, student_interval
 
-Panels = dict[str, dict[str, list[dict]]]
-"""'mnist, d = 20' -> family -> records, one for each seed."""
+Panels = dict[str, dict[str, list[dict]]]  # "mnist, d = 20" -> family -> a record for each seed
 
 MEASURES: dict[str, Callable[[dict], float]] = {
     "−ELBO": lambda r: r["test"]["negative_elbo"],
