@@ -27,6 +27,8 @@ class Checkpoint:
         defaults: what the fields of `run` are in a file that was written before they existed.
     Attributes:
         environments: those that trained a part of the run, in order, as far as they differ.
+        best: of a run with validation images the epoch that was best on them, its value there, and
+            its weights (see `training.fit`); None before there is one.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class Checkpoint:
 
     def __post_init__(self):
         self.environments = [self.environment]
+        self.best: dict | None = None
         self._known = None
 
     def _stamp(self) -> tuple | None:
@@ -60,6 +63,8 @@ class Checkpoint:
             "vae": vae.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
+        if self.best:
+            state["best"] = self.best
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_whole(self.path, buffer.getbuffer())
@@ -98,6 +103,7 @@ class Checkpoint:
                 f"{self.path} does not fit this model ({str(error).splitlines()[0]}); delete it to "
                 "start over."
             ) from None
+        self.best = state.get("best")
         self._known = self._stamp()
         return state["history"]
 

@@ -123,6 +123,23 @@ def resized(images: Tensor, size: int) -> Tensor:
     return functional.resize(images, [size, size], antialias=True)
 
 
+def set_apart(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """All images but `count`, and those, drawn by torch's global generator on the CPU."""
+    order = torch.randperm(len(images))
+    kept, apart = (part.sort().values for part in (order[count:], order[:count]))
+    return images[kept], images[apart]
+
+
+def drawn_once(images: Tensor) -> Tensor:
+    """Binary images: each pixel 255 with its grey value as probability, else 0.
+
+    By random numbers of their own, so that every run is judged on the same ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.rand(images.shape, generator=generator, dtype=torch.float32)
+    return (255 * chance < images.cpu()).to(images).mul(255)
+
+
 def fingerprint(images: Tensor) -> str:
     """SHA-256 over the bytes of an image tensor: which data a record was made from."""
     return hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -18,14 +18,17 @@ from .data import (
     DATASETS,
     SOURCES,
     as_images,
+    drawn_once,
     fingerprint,
     load_images,
     load_labels,
     require_known,
     resized,
+    set_apart,
     to_unit_interval,
 )
 from .evaluation import evaluate, inference_gaps, iwae_nll, latent_statistics
+from .flows import FLOWS, sampled_elbo
 from .networks import NETWORKS, count_parameters
 from .pictures import latent_map, pictures
 from .provenance import environment
@@ -33,16 +36,17 @@ from .published import PUBLISHED_POSTERIORS, decompose, divided_loss, published_
 from .quality import sample_quality
 from .records import SCHEMA, load_record, require_writable, save_record
 from .released import RELEASED_NETWORKS, RELEASED_POSTERIORS, initialise_batch_norm
-from .training import fit, pick_device, set_seed
+from .training import SCHEDULES, fit, judged_epoch, pick_device, set_seed
 
 ALL_NETWORKS = NETWORKS | RELEASED_NETWORKS
 # Of the paper's code: trained by default on its loss.
 CODE_POSTERIORS = PUBLISHED_POSTERIORS | RELEASED_POSTERIORS
-ALL_POSTERIORS = POSTERIORS | CODE_POSTERIORS
+ALL_POSTERIORS = POSTERIORS | FLOWS | CODE_POSTERIORS
 ALL_OBJECTIVES = {
     **OBJECTIVES,
     "as-published": published_loss,
     "divided-kl": divided_loss,
+    "sampled-elbo": sampled_elbo,
 }
 OBJECTIVE_SETTINGS = {"beta-elbo": ("beta",), "info-vae": ("alpha", "lambda_", "kernel")}
 INITIALISATIONS = ("torch", "xavier", "released")
@@ -58,14 +62,21 @@ class Experiment:
         dataset: "mnist", "fashion-mnist", or any label if you pass your own images.
         source: "embedded" (10,000 training and 2,000 test images) or "full".
         architecture: a name in NETWORKS or RELEASED_NETWORKS.
-        posterior: a name in POSTERIORS, or "published-notebook", "published-script", or a name in
-            RELEASED_POSTERIORS (see `released`).
+        posterior: a name in POSTERIORS, or in FLOWS (by Pyro, see `flows`), or
+            "published-notebook", "published-script", or a name in RELEASED_POSTERIORS (see
+            `released`).
         objective: "elbo", "beta-elbo", "info-vae", "as-published" (the released code's loss, the
-            default for its posteriors) or "divided-kl" (its division by the batch size, for any
-            posterior).
+            default for its posteriors), "divided-kl" (its division by the batch size, for any
+            posterior) or "sampled-elbo" (the KL by one draw; of flows no other is known).
         latent: number of latent variables.
         epochs, batch_size, learning_rate: of Adam.
+        schedule: "constant", or "tripling" (see `training.tripling`), a factor on the rate.
         clip_norm: the norm to which a larger gradient is shortened; 0 for no limit.
+        binarised: pixels are drawn as 0 or 1 with their grey value as probability: of training
+            images for every step, of validation and test images once and the same in every run.
+        validation_images: how many training images to set apart, drawn by the seed. What is judged
+            is then the model after the epoch that was best on them.
+        patience: after how many epochs without a lower loss on them to stop; 0 for never.
         compiled: train with torch.compile, which rounds differently (see `training.fit`).
         seed: of initial weights, order of images and posterior draws.
         initialisation: "torch" (PyTorch's own), "xavier" (uniform, no bias; the paper's script) or
@@ -93,7 +104,11 @@ class Experiment:
     epochs: int = 15
     batch_size: int = 128
     learning_rate: float = 1e-3
+    schedule: str = "constant"
     clip_norm: float = 0.0
+    binarised: bool = False
+    validation_images: int = 0
+    patience: int = 0
     compiled: bool = False
     seed: int = 0
     initialisation: str = "torch"
@@ -110,7 +125,7 @@ class Experiment:
 
     def __post_init__(self):
         for name in ("dataset", "source", "architecture", "posterior", "objective",
-                     "initialisation", "kernel"):  # fmt: skip
+                     "initialisation", "kernel", "schedule"):  # fmt: skip
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a name.")
         for name in ("beta", "alpha", "lambda_", "clip_norm", "learning_rate", "head_scale"):
@@ -118,6 +133,7 @@ class Experiment:
         require_known("posterior", self.posterior, ALL_POSTERIORS)
         if not self.objective:
             implied = "as-published" if self.posterior in CODE_POSTERIORS else "elbo"
+            implied = "sampled-elbo" if self.posterior in FLOWS else implied
             object.__setattr__(self, "objective", implied)
         require_known("source", self.source, (*SOURCES, "own"))
         if not re.fullmatch(r"[\w.-]+", self.dataset) or self.dataset.startswith("."):
@@ -131,6 +147,13 @@ class Experiment:
         require_known("objective", self.objective, ALL_OBJECTIVES)
         require_known("initialisation", self.initialisation, INITIALISATIONS)
         require_known("kernel", self.kernel, KERNELS)
+        require_known("schedule", self.schedule, SCHEDULES)
+        if self.posterior in FLOWS and (self.objective != "sampled-elbo" or self.gap_images):
+            raise ValueError(
+                f"The KL of {self.posterior} has no closed form, which objective "
+                f"{self.objective!r} with gap_images={self.gap_images!r} needs; choose "
+                "objective='sampled-elbo' and gap_images=0."
+            )
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for objective, names in OBJECTIVE_SETTINGS.items():
             idle = [n for n in names if getattr(self, n) != defaults[n]]
@@ -142,7 +165,7 @@ class Experiment:
         for name in ("beta", "alpha", "lambda_", "clip_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0.")
-        for name in ("image_size", "gap_images"):
+        for name in ("image_size", "gap_images", "validation_images", "patience"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 0.")
@@ -152,7 +175,12 @@ class Experiment:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
         if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer of at least 0.")
-        for name in ("compiled", "pictures"):
+        if self.patience and not self.validation_images:
+            raise ValueError(
+                f"patience is {self.patience}, but validation_images is 0; set some apart, as the "
+                "test images must not decide when a run stops."
+            )
+        for name in ("compiled", "pictures", "binarised"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         for name in ("learning_rate", "head_scale"):
@@ -266,14 +294,19 @@ def run_experiment(
     images = images or _images(experiment, train, test, root)
     place = pick_device(device)
     train, test = (resized(part, experiment.image_size).to(place) for part in images)
+    train, validation = _validation(experiment, train)
+    if experiment.binarised:
+        test = drawn_once(test)
+        validation = None if validation is None else drawn_once(validation)
     vae = build_vae(experiment, tuple(train.shape[1:])).to(place)
     origin = environment(place)
     checkpoint = _checkpoint(experiment, images, origin, checkpoints) if checkpoints else None
     history = fit(
         vae, train, test, build_objective(experiment),
         epochs=experiment.epochs, batch_size=experiment.batch_size,
-        learning_rate=experiment.learning_rate, seed=experiment.seed,
-        clip_norm=experiment.clip_norm, compiled=experiment.compiled,
+        learning_rate=experiment.learning_rate, schedule=SCHEDULES[experiment.schedule],
+        seed=experiment.seed, clip_norm=experiment.clip_norm, binarised=experiment.binarised,
+        validation=validation, patience=experiment.patience, compiled=experiment.compiled,
         progress=progress, label=experiment.posterior,
         checkpoint=checkpoint,
     )  # fmt: skip
@@ -283,7 +316,7 @@ def run_experiment(
         "name": experiment.name,
         "experiment": dataclasses.asdict(experiment),
         "history": history,
-        "test": history[-1]["test"],
+        "test": judged_epoch(history)["test"],
         **_judge(experiment, vae, train, test, root),
         "parameters": {
             "total": count_parameters(vae),
@@ -292,6 +325,12 @@ def run_experiment(
         "data": _fingerprints(*images),
         "environment": origin,
     }
+    if validation is not None:
+        record["validation"] = {
+            "images": len(validation),
+            "sha256": fingerprint(validation),
+            "epoch": judged_epoch(history)["epoch"],
+        }
     if checkpoint and checkpoint.environments != [origin]:
         record["trained_in"] = checkpoint.environments
     training = sum(entry["seconds"] for entry in history)
@@ -309,7 +348,8 @@ def _judge(experiment: Experiment, vae: VAE, train: Tensor, test: Tensor, root) 
     stream = functools.partial(set_seed, experiment.seed)  # each part has random numbers of its own
     stream(3)
     nll = iwae_nll(vae, judged, experiment.iwae_samples)
-    same_images, _ = evaluate(vae, judged, negative_elbo)
+    bound = sampled_elbo if experiment.posterior in FLOWS else negative_elbo
+    same_images, _ = evaluate(vae, judged, bound)
     iwae = {
         "nll": nll,
         "negative_elbo": same_images["negative_elbo"],
@@ -331,6 +371,20 @@ def _judge(experiment: Experiment, vae: VAE, train: Tensor, test: Tensor, root) 
     if hasattr(vae.encode(to_unit_interval(test[:1])), "charged_kl"):
         parts["published"] = decompose(vae, test, experiment.batch_size)
     return parts
+
+
+def _validation(experiment: Experiment, train: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The images to train on, and those set apart."""
+    count = experiment.validation_images
+    if not count:
+        return train, None
+    if count >= len(train):
+        raise ValueError(
+            f"validation_images is {count}, but there are {len(train)} training images; leave some "
+            "to train on."
+        )
+    set_seed(experiment.seed, 8)
+    return set_apart(train, count)
 
 
 def _checkpoint(experiment: Experiment, images, origin: dict, folder: str | Path) -> Checkpoint:

@@ -21,6 +21,8 @@ COLORS = {
     "ar1-stepped": "#F0E442",
     "low-rank": "#56B4E9",
     "full": "#000000",
+    "iaf": "#882255",
+    "householder": "#44AA99",
     "published-notebook": "#CC79A7",
     "published-script": "#AA4499",
 }
@@ -32,6 +34,8 @@ LABELS = {
     "ar1-stepped": "AR(1), stepped",
     "low-rank": "low-rank",
     "full": "full",
+    "iaf": "inverse autoregressive flow",
+    "householder": "Householder flow",
     "published-notebook": "as published, notebook",
     "published-script": "as published, script",
 }
@@ -114,7 +118,8 @@ def loss_curves(
         factor: a normalisation to show the curves under.
     """
     for posterior, runs in by_posterior(records).items():
-        curves = factor * np.stack([curve(run, quantity) for run in runs])
+        length = min(len(run["history"]) for run in runs)  # one that stopped early cuts the others
+        curves = factor * np.stack([curve(run, quantity)[:length] for run in runs])
         epochs = np.arange(1, curves.shape[1] + 1)
         color = COLORS[posterior]
         axes.fill_between(epochs, curves.min(0), curves.max(0), color=color, alpha=0.25, lw=0)

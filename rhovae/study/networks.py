@@ -30,6 +30,21 @@ def mlp(image_shape: tuple[int, ...], latent: int, hidden: int = 400) -> Bodies:
     return Bodies(encoder, hidden, decoder)
 
 
+def tanh_mlp(image_shape: tuple[int, ...], latent: int, hidden: int = 200) -> Bodies:
+    """pixels-200-200-latent-200-200-pixels with tanh: that of Burda et al. (2016)."""
+    pixels = prod(image_shape)
+    encoder = nn.Sequential(
+        *(nn.Flatten(), nn.Linear(pixels, hidden), nn.Tanh()),
+        *(nn.Linear(hidden, hidden), nn.Tanh()),
+    )
+    decoder = nn.Sequential(
+        *(nn.Linear(latent, hidden), nn.Tanh()),
+        *(nn.Linear(hidden, hidden), nn.Tanh()),
+        *(nn.Linear(hidden, pixels), nn.Unflatten(-1, image_shape)),
+    )
+    return Bodies(encoder, hidden, decoder)
+
+
 def cnn(image_shape: tuple[int, ...], latent: int, dense: int = 1024) -> Bodies:
     """Two 4x4 convolutions (64, 128 filters, stride 2), a dense layer, and the mirror image.
 
@@ -155,4 +170,5 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-NETWORKS = {"mlp": mlp, "cnn": cnn, "dcgan": dcgan, "beta_cnn": beta_cnn, "rows": rows}
+NETWORKS = {"mlp": mlp, "cnn": cnn, "dcgan": dcgan, "beta_cnn": beta_cnn, "rows": rows,
+            "tanh_mlp": tanh_mlp}  # fmt: skip

@@ -45,8 +45,12 @@ def fit(
     epochs: int,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
+    schedule: Callable[[int], float] | None = None,
     seed: int = 0,
     clip_norm: float = 0.0,
+    binarised: bool = False,
+    validation: Tensor | None = None,
+    patience: int = 0,
     compiled: bool = False,
     progress: bool = True,
     label: str = "",
@@ -61,11 +65,17 @@ def fit(
         vae: the model, on the device of the images.
         train, test: uint8 images (n, channels, height, width).
         objective: (q, z, logits, x) -> Terms, per image.
-        epochs, batch_size, learning_rate: the schedule; the last, smaller batch is kept.
+        epochs, batch_size, learning_rate: of Adam; the last, smaller batch is kept.
+        schedule: the epoch, from 1 -> factor on the learning rate; a constant rate if None.
         seed: of the order of the images and of the posterior draws.
         clip_norm: the norm to which a larger gradient is shortened; 0 for no limit. It helps
             against single batches with a large gradient. Adam divides a constant factor out
             again, so against a learning rate that is too high it does not.
+        binarised: draw the pixels of every training batch afresh, 1 with their grey value as
+            probability, else 0.
+        validation: uint8 images that are neither trained on nor reported. The model is left as it
+            was after the epoch with the lowest loss on them, and not after the last.
+        patience: after how many epochs without a lower loss on them to stop; 0 for never.
         compiled: let torch.compile make one piece of code of model, objective and gradient, on a
             GPU as a CUDA graph. Needs a C++ compiler and takes seconds before the first step.
         progress: show a tqdm bar over epochs.
@@ -74,12 +84,19 @@ def fit(
             numbers are those of a run that was never interrupted.
     Returns:
         One entry per epoch: epoch, train and test means in nats per image (loss, negative_elbo,
-        reconstruction, kl), the mean rho over test images (None without a rho), and seconds.
+        reconstruction, kl), the mean rho over test images (None without a rho), and seconds; with
+        validation images their means as well. See `judged_epoch`.
     Raises:
+        ValueError: patience without validation images.
         FloatingPointError: a training or test loss that is no longer finite, with epoch and step,
             and loss and largest gradient of the last step before. The checkpoint stays that of
             the epoch before.
     """
+    if patience and validation is None:
+        raise ValueError(
+            f"patience is {patience}, but there are no validation images; set some apart, as the "
+            "test images must not decide when a run stops."
+        )
     # The fused kernel is the fastest where measured, and not there on every device.
     fused = train.device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(vae.parameters(), lr=learning_rate, fused=fused)
@@ -87,13 +104,19 @@ def fit(
     if history is None:
         history, checkpoint = [], None
     done = len(history)
-    loss_of = batch_loss(vae, objective, compiled)
+    best = checkpoint.best if checkpoint else None
+    loss_of = batch_loss(vae, objective, compiled, binarised)
     bar = tqdm(
         range(done + 1, epochs + 1), initial=done, total=epochs,
         desc=label, unit="epoch", disable=None if progress else True,
     )  # fmt: skip
     for epoch in bar:
+        if patience and best and epoch - 1 - best["epoch"] >= patience:
+            break
         start = time.perf_counter()
+        if schedule:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * schedule(epoch)
         set_seed(seed, 1, epoch)
         before = copy.deepcopy((vae.state_dict(), optimizer.state_dict()))
         sums = train_epoch(vae, train, loss_of, optimizer, batch_size, clip_norm)
@@ -114,24 +137,63 @@ def fit(
         train_means = means_per_image(sums, len(train))
         set_seed(seed, 2)  # the same draws after every epoch, so that curves show the model move
         test_means, rho = evaluate(vae, test, objective, batch_size)
-        if not all(map(math.isfinite, test_means.values())):
-            raise FloatingPointError(
-                f"The test loss became {test_means['loss']} after epoch {epoch} of {epochs}, with "
-                f"a training loss of {train_means['loss']:.6g}; lower the learning rate (it is "
-                f"{learning_rate})."
-            )
-        entry = {"epoch": epoch, "train": train_means, "test": test_means, "rho": rho}
+        means = {"test": test_means}
+        if validation is not None:
+            set_seed(seed, 9)
+            means["validation"], _ = evaluate(vae, validation, objective, batch_size)
+        for name, found in means.items():
+            if not all(map(math.isfinite, found.values())):
+                raise FloatingPointError(
+                    f"The {name} loss became {found['loss']} after epoch {epoch} of {epochs}, with "
+                    f"a training loss of {train_means['loss']:.6g}; lower the learning rate (it is "
+                    f"{learning_rate})."
+                )
+        entry = {"epoch": epoch, "train": train_means, **means, "rho": rho}
         history.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
+        if validation is not None and judged_epoch(history) is history[-1]:
+            value = means["validation"]["loss"]
+            best = {"epoch": epoch, "value": value, "vae": copy.deepcopy(vae.state_dict())}
         if checkpoint:
+            checkpoint.best = best
             checkpoint.save(history, vae, optimizer)
         bar.set_postfix_str(f"test -ELBO {test_means['negative_elbo']:.2f} nats")
+    if best:
+        vae.load_state_dict(best["vae"])
     return history
 
 
+def judged_epoch(history: list[dict]) -> dict:
+    """The entry of the epoch whose model `fit` leaves: the last, or the best on validation images.
+
+    The first of several that are equally good.
+    """
+    if "validation" not in history[-1]:
+        return history[-1]
+    return min(history, key=lambda entry: entry["validation"]["loss"])
+
+
+def tripling(epoch: int) -> float:
+    """10^(-i / 7) in stage i = 0, ..., 7, which has 3^i epochs: 3,280 in all (Burda et al. 2016).
+
+    The stages end after epochs 1, 4, 13, 40, 121, 364, 1,093 and 3,280.
+    """
+    stage = sum(epoch > (3**i - 1) // 2 for i in range(1, 8))
+    return float(10 ** (-stage / 7))
+
+
+SCHEDULES: dict[str, Callable[[int], float] | None] = {"constant": None, "tripling": tripling}
+
+
 def batch_loss(
-    vae: VAE, objective: Callable[..., Terms], compiled: bool = False
+    vae: VAE, objective: Callable[..., Terms], compiled: bool = False, binarised: bool = False
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """x -> the mean loss of a batch of images in [0, 1], and the sums of its Terms, (3,)."""
+    """x -> the mean loss of a batch of images in [0, 1], and the sums of its Terms, (3,).
+
+    The pixels are drawn as 0 or 1 first if `binarised`.
+    """
+    if binarised:
+        loss_of_drawn = batch_loss(vae, objective, compiled)
+        return lambda x: loss_of_drawn(x.bernoulli())
 
     def loss_of(x: Tensor) -> tuple[Tensor, Tensor]:
         terms = objective(*vae(x), x)

@@ -27,7 +27,7 @@ def small_vae(posterior="ar1", latent=3):
 
 
 SHAPES = {"mlp": SHAPE, "cnn": (1, 8, 12), "dcgan": (3, 8, 4), "beta_cnn": (1, 64, 64),
-          "rows": (3, 7, 4)}  # fmt: skip
+          "rows": (3, 7, 4), "tanh_mlp": SHAPE}  # fmt: skip
 
 
 @pytest.mark.parametrize("posterior", HEADS)
@@ -69,6 +69,16 @@ def test_the_mlp_is_the_papers():
     vae = build_vae(Experiment("mnist", posterior="diagonal", latent=5), (1, 28, 28))
     weights = [tuple(p.shape) for name, p in vae.named_parameters() if name.endswith("weight")]
     assert weights == [(400, 784), (5, 400), (5, 400), (400, 5), (784, 400)]
+
+
+def test_the_tanh_mlp_is_that_of_burda_and_others():
+    experiment = Experiment("mnist", architecture="tanh_mlp", posterior="diagonal", latent=50)
+    vae = build_vae(experiment, (1, 28, 28))
+    weights = [tuple(p.shape) for name, p in vae.named_parameters() if name.endswith("weight")]
+    assert weights[:4] == [(200, 784), (200, 200), (50, 200), (50, 200)]
+    assert weights[4:] == [(200, 50), (200, 200), (784, 200)]
+    kinds = [type(m) for m in (*vae.encoder, *vae.decoder) if not isinstance(m, nn.Linear)]
+    assert kinds == [nn.Flatten, *4 * [nn.Tanh], nn.Unflatten]
 
 
 def test_xavier_touches_linear_layers_only():
