@@ -35,7 +35,7 @@ def progress(runs: Path, results: Path, grids: dict[str, list[Experiment]]) -> l
         total = sum(experiment.epochs for experiment in experiments)
         lines.append(
             f"{grid}: {done} of {len(experiments)} records, {epochs} of {total} epochs "
-            f"({epochs / total:.0%})"
+            f"({epochs / max(total, 1):.0%})"
         )
     return lines
 

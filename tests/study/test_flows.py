@@ -63,8 +63,9 @@ def test_the_householder_flow_is_a_turned_diagonal_normal():
 @pytest.mark.parametrize("name", FLOWS)
 def test_moments_are_those_of_draws(name):
     q = posterior(name)
-    draws = q.sample((20_000,))
-    error = (draws.var(0) * (1 / 256 + 1 / 20_000)).sqrt()
+    n = 5000
+    draws = q.sample((n,))
+    error = (draws.var(0) * (1 / 256 + 1 / n)).sqrt()
     assert ((q.mean - draws.mean(0)).abs() < 4 * error).all()
     torch.testing.assert_close(q.variance, draws.var(0), rtol=0.4, atol=0)
     assert q.mean is not q.base_dist.mean and not q.mean.requires_grad
@@ -118,7 +119,7 @@ def test_a_flow_stays_on_its_device(name):
     """On torch's meta device (test_devices.py); to be made, Pyro's need one with numbers."""
     q = FLOWS[name](8, 10).to("meta")(torch.randn(3, 8, device="meta"))
     z = q.rsample((2,))
-    assert z.is_meta and q.log_prob(z).is_meta and q.mean.is_meta and q.log_prob(z + 1).is_meta
+    assert z.is_meta and q.log_prob(z).is_meta and q.mean.is_meta
 
 
 def test_without_pyro_the_remedy_is_named(monkeypatch):

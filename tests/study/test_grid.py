@@ -15,7 +15,7 @@ import torch
 
 from rhovae.study import Experiment, run_experiment
 from rhovae.study.checkpoint import read_checkpoint
-from rhovae.study.records import load_record
+from rhovae.study.records import REQUIRED, SCHEMA, load_record
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -29,6 +29,8 @@ FIGURES = ("04_decomposition", "06_figure_1_full", "06_figure_2_mnist_full",
 
 
 UNFINISHED = {"smoke", "corrected", "released"}
+FAMILIES = ("families", "gaps", "rows")
+UNFINISHED |= {"families", "gaps", "rows", "active", "anchor", "fair", "flows", "long", "rates"}
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -132,8 +134,11 @@ def test_the_committed_records_are_those_of_the_grid(tmp_path, planned):
     jobs, _ = planned(tmp_path, results=results, figures=tmp_path / "figures")
     assert "experiment" not in jobs
     beyond = dict(grids="families,gaps,rows", results=results, figures=tmp_path / "figures")
-    assert planned(tmp_path, **beyond)[0] == {"family_figures": 1}
-    count = sum(len(grids.GRIDS[grid]()) for grid in ("families", "gaps", "rows"))
+    paths = [results / g / f"{e.name}.json" for g in FAMILIES for e in grids.GRIDS[g]()]
+    missing = [path for path in paths if not path.is_file()]
+    expected = {"family_figures": 1} | ({"experiment": len(missing)} if missing else {})
+    assert planned(tmp_path, **beyond)[0] == expected
+    count = len(paths)
     assert f"notebooks 12 and 13 are {count} more" in (ROOT / "README.md").read_text()
     for grid in grids.GRIDS:
         names = {experiment.name for experiment in grids.GRIDS[grid]()}
@@ -146,6 +151,41 @@ def test_the_committed_records_are_those_of_the_grid(tmp_path, planned):
 def test_an_unknown_grid_is_refused(tmp_path, snakemake):
     code, text = snakemake(tmp_path, "--dry-run", grids="audits")
     assert code != 0 and "There is no grid audits; choose from audit, control" in text
+
+
+def test_active_has_as_many_variables_as_the_records_say():
+    for dataset, latent in grids.ACTIVE.items():
+        paths = (ROOT / "data" / "results" / "families").glob(f"{dataset}-*-diagonal-d50-*.json")
+        counts = [load_record(path)["latent"]["active_units"] for path in paths]
+        assert len(counts) >= 3
+        assert latent == round(sum(counts[:3]) / 3)
+
+
+def test_the_rate_is_chosen_on_validation_images_of_a_whole_search(tmp_path, monkeypatch):
+    """By the best epoch of each run, whatever the test says; two of three rates choose nothing."""
+
+    def record(validation, test):
+        means = dict.fromkeys(("loss", "negative_elbo", "reconstruction", "kl"), test)
+        history = [
+            {"epoch": n, "train": means, "test": means, "validation": means | {"loss": loss}}
+            for n, loss in enumerate(validation, 1)
+        ]
+        judged = {"test": means, "iwae": {"nll": test, "negative_elbo": test}}
+        return {key: {} for key in REQUIRED} | {"schema": SCHEMA, "history": history} | judged
+
+    scripted = {3e-4: ([9, 8], 1.0), 1e-3: ([9, 5, 7], 3.0), 3e-3: ([6, 6], 2.0)}
+    assert grids.chosen_rates(tmp_path) == {}
+    for experiment in grids.rates():
+        whole = experiment.posterior in ("ar1", "full") or experiment.learning_rate < 2e-3
+        if experiment.dataset == "mnist" and whole:
+            path = tmp_path / f"{experiment.name}.json"
+            path.write_text(json.dumps(record(*scripted[experiment.learning_rate])))
+    chosen = {("mnist", "ar1"): 1e-3, ("mnist", "full"): 1e-3}
+    assert grids.chosen_rates(tmp_path) == chosen
+    monkeypatch.setattr(grids, "chosen_rates", lambda: chosen)
+    runs = grids.fair()
+    assert len(runs) == 6 and {run.learning_rate for run in runs} == {1e-3}
+    assert not {run.name for run in runs} & {run.name for run in grids.rates()}
 
 
 @pytest.mark.parametrize("grid", grids.GRIDS)
