@@ -150,7 +150,7 @@ def test_the_committed_records_are_those_of_the_grid(tmp_path, planned):
 
 def test_an_unknown_grid_is_refused(tmp_path, snakemake):
     code, text = snakemake(tmp_path, "--dry-run", grids="audits")
-    assert code != 0 and "There is no grid audits; choose from audit, control" in text
+    assert code != 0 and "There is no grid audits; choose from active, anchor, audit, " in text
 
 
 def test_active_has_as_many_variables_as_the_records_say():

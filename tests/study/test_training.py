@@ -187,7 +187,7 @@ def test_the_images_set_apart_are_the_others(images):
 def test_the_test_images_decide_nothing(images):
     train, test = images
     settings = dict(epochs=8, **STOPPED)
-    one, other = (run((train, part), **settings) for part in (test, 255 - test))
+    one, other = (run((train, part), **settings) for part in (test, 255 - test[:20]))
     assert len(one["history"]) == len(other["history"])
     for entry, changed in zip(one["history"], other["history"], strict=True):
         assert entry["validation"] == changed["validation"] and entry["test"] != changed["test"]
