@@ -261,10 +261,13 @@ def test_a_run_of_binary_images_is_judged_on_binary_images(images, monkeypatch):
         "rhovae.study.experiments._judge",
         lambda experiment, vae, train, test, root: judged.append(fingerprint(test)) or {},
     )
-    _, test = images
+    train, test = images
     for seed in range(2):
-        run(images, binarised=True, epochs=1, seed=seed)
+        record = run(images, binarised=True, epochs=1, seed=seed, validation_images=24)
     assert judged == 2 * [fingerprint(drawn_once(test))]
+    set_seed(1, 8)
+    _, apart = set_apart(train, 24)
+    assert record["validation"]["sha256"] == fingerprint(drawn_once(apart))
 
 
 def test_without_the_options_names_are_as_they_were():
