@@ -21,9 +21,9 @@ class AR1Prior(nn.Module):
     """A stationary AR(1) process per channel (Ornstein-Uhlenbeck where times are irregular).
 
     Cov(z(s), z(t)) = scale^2 exp(-|s - t| / time_constant), mean 0. Over an interval dt the
-    correlation is exp(-x) with x = dt / time_constant, and Fisher's z of it
+    correlation is exp(-h) with h = dt / time_constant, and Fisher's z of it
 
-        atanh(exp(-x)) = (log1p(exp(-x)) - log(1 - exp(-x))) / 2                (10.7), notebooks/10
+        atanh(exp(-h)) = (log1p(exp(-h)) - log(1 - exp(-h))) / 2                (10.7), notebooks/10
 
     keeps its digits for any time constant. What is learned is its logarithm; give it a learning
     rate of its own, ten times that of the networks, as it has far to go. A linear decoder absorbs
@@ -197,16 +197,17 @@ class Sites(nn.Module):
     """A posterior for a prior that is a chain: pseudo-observations of it, 2 numbers per step.
 
     q(z) is what the prior becomes after observations of precision w_t and value v_t at each step,
-    that a network makes up from the data: `prior.condition(v, precision=w)`. The outputs a and b
-    are such that
+    that a network makes up from the data: `prior.condition(v, precision=w)`. The outputs alpha and
+    beta are such that
 
-        w_t scale_t^2 = exp(a_t),    w_t scale_t (v_t - loc_t) = b_t           (10.8), notebooks/10
+        w_t scale_t^2 = exp(alpha_t),    w_t scale_t (v_t - loc_t) = beta_t    (10.8), notebooks/10
 
-    so that a step that says nothing, a -> -infinity, needs no infinite value. It has as many
-    outputs as the diagonal posterior, knows the time constant of the prior, and its covariance
-    contains the optimum (10.1) where the likelihood of a step depends on that step of one channel
-    alone and is log-concave, as of counts with a log-rate; elsewhere the optimal precision may be
-    negative, which exp(a) is not. At first a is near log 0.1 and b near 0: close to the prior.
+    so that beta, precision times value, stays finite even where w -> 0 and v, their quotient, does
+    not. It has as many outputs as the diagonal posterior, knows the time constant of the prior, and
+    its covariance contains the optimum (10.1), or comes as near to it as one likes, where the
+    likelihood of a step depends on that step of one channel alone and is log-concave, as of counts
+    with a log-rate; elsewhere the optimal precision may be negative, which exp(alpha) is not. At
+    first alpha is near log 0.1 and beta near 0: close to the prior.
 
     It is not among the `POSTERIORS`, whose heads get the features alone.
 

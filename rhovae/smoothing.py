@@ -2,7 +2,7 @@
 
 A chain given by its transitions, x_1 with variance V_1 and
 
-    x_{j+1} = k_j x_j + sqrt(q_j) e_{j+1},    e ~ N(0, I),
+    x_{j+1} = k_j x_j + sqrt(n_j) e_{j+1},    e ~ N(0, I),
 
 has marginal variances V and correlations of neighbours that follow by one more recursion, all of
 whose terms are positive. An AR(1) chain that was seen through independent Gaussian noise, and a
@@ -48,11 +48,12 @@ def condition(
     The unit chain is given u_j ~ N(x_j, 1 / w_j), w_j = scale_j^2 / the variance of the noise:
 
     J_j = w_j + rho_j^2 J_{j+1} / D_j,    D_j = 1 + c_j^2 J_{j+1}             (10.2), notebooks/10
-    k_j = rho_j / D_j,    q_j = c_j^2 / D_j,    V_1 = 1 / (1 + J_1)           (10.3), notebooks/10
-    H_j = w_j u_j + k_j H_{j+1},    m_{j+1} = k_j m_j + q_j H_{j+1}           (10.4), notebooks/10
+    k_j = rho_j / D_j,    n_j = c_j^2 / D_j,    V_1 = 1 / (1 + J_1)           (10.3), notebooks/10
+    H_j = w_j u_j + k_j H_{j+1},    m_{j+1} = k_j m_j + n_j H_{j+1}           (10.4), notebooks/10
 
-    J_j and H_j are what the values from j on say about x_j: its precision, and the precision times
-    the mean. c is the innovation scale. No term is subtracted from another, so nothing is lost
+    rho_j, c_j, D_j, k_j and n_j belong to the step from j to j+1. J_j and H_j are what the values
+    from j on say about x_j: its precision, and the precision times the mean. c is the innovation
+    scale. No term is subtracted from another, so nothing is lost
     near |rho| = 1.
 
     Args:
@@ -101,19 +102,19 @@ def _condition_unit(
     variances = torch.cat((1 / (1 + known[..., :1]), fresh / damping), -1)
     pulled = ar1.scan(shift, coefficient, reverse=True)
     mean = ar1.scan(variances * pulled, coefficient)
-    # sqrt(q) without squaring the innovation scale, which would underflow first.
+    # sqrt(n) without squaring the innovation scale, which would underflow first.
     return mean, *_from_steps(variances, coefficient, innovation * damping.rsqrt())
 
 
 def from_transitions(first: Tensor, coefficient: Tensor, innovation: Tensor) -> Chain:
     """Marginal scales and correlations of a chain that is given step by step.
 
-    V_1 = first^2,    V_{j+1} = k_j^2 V_j + q_j                               (10.3), notebooks/10
+    V_1 = first^2,    V_{j+1} = k_j^2 V_j + n_j                               (10.3), notebooks/10
 
     Args:
         first: standard deviation of the first variable, (*batch, 1), positive.
         coefficient: k, (*batch, 1) or (*batch, steps), any real numbers.
-        innovation: sqrt(q), (*batch, steps), positive. Batch shapes broadcast.
+        innovation: sqrt(n), (*batch, steps), positive. Batch shapes broadcast.
     """
     batch = torch.broadcast_shapes(first.shape[:-1], innovation.shape[:-1])
     parts = [x.expand(*batch, x.shape[-1]) for x in (first, innovation)]
@@ -121,7 +122,7 @@ def from_transitions(first: Tensor, coefficient: Tensor, innovation: Tensor) -> 
 
 
 def _from_steps(variances: Tensor, coefficient: Tensor, innovation: Tensor) -> Chain:
-    """(V_1, q_1, ..., q_{d-1}), k and sqrt(q)."""
+    """(V_1, n_1, n_2, ...), k and sqrt(n)."""
     scale = ar1.scan(variances, coefficient.square()).sqrt()
     before, after = scale[..., :-1], scale[..., 1:]
     # Rounding may leave the quotient beyond 1, where a long chain would grow.
@@ -133,7 +134,7 @@ def from_precision(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Chain, Tenso
 
     In units in which the diagonal is 1, with b beside it, the pivots from the last variable on are
     S_j = 1 - M_{j+1} with M_j = b_{j-1}^2 / (1 - M_{j+1}), M_{d+1} = 0. It is (10.2) with D_j = S_j
-    and (10.5) combines it likewise. Then k_j = -b_j / S_{j+1} and q_j = 1 / S_{j+1}.
+    and (10.5) combines it likewise. Then k_j = -b_j / S_{j+1} and n_j = 1 / S_{j+1}.
 
     Args:
         diagonal: (*batch, latent), positive.
@@ -153,7 +154,7 @@ def from_precision(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Chain, Tenso
 
 
 def information(weight: Tensor, gain: Tensor, damping: Tensor) -> Tensor:
-    """Run J_d = w_d, J_j = w_j + A_j J_{j+1} / (1 + C_j J_{j+1}) backwards, in parallel.
+    """J_j = w_j + A_j J_{j+1} / (1 + C_j J_{j+1}), backwards from the last J = w, in parallel.
 
     Two such steps are one: of an earlier i and a later j, with D = 1 + C_i J_j,
 
