@@ -184,7 +184,9 @@ def _reconstruction(vae, q, x, samples: int) -> Tensor:
 
 
 @torch.no_grad()
-def judge_posterior(vae: VAE, q: Distribution, images: Tensor, samples: int) -> dict[str, Tensor]:
+def judge_posterior(
+    vae: VAE, q: Distribution, images: Tensor, samples: int, nll: bool = True
+) -> dict[str, Tensor]:
     """What a posterior costs for each image, by fresh draws from torch's global generator.
 
     Args:
@@ -192,6 +194,7 @@ def judge_posterior(vae: VAE, q: Distribution, images: Tensor, samples: int) -> 
         q: a posterior of each image, (batch,).
         images: uint8, (batch, channels, height, width).
         samples: draws per image.
+        nll: whether to estimate it.
     Returns:
         Nats, each of shape (batch,): negative_elbo, reconstruction, kl, and the importance-weighted
         nll with this posterior as proposal.
@@ -200,9 +203,10 @@ def judge_posterior(vae: VAE, q: Distribution, images: Tensor, samples: int) -> 
     rounds = [_reconstruction(vae, q, x, 1) for _ in range(samples)]
     reconstruction = torch.stack(rounds).double().mean(0)
     kl = kl_divergence(q, standard_normal_like(q.mean)).double()
-    nll = importance_weighted_nll(vae, x, samples, q=q).double()
-    parts = {"reconstruction": reconstruction, "kl": kl, "nll": nll}
-    return {"negative_elbo": reconstruction + kl, **parts}
+    parts = {"negative_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
+    if nll:
+        parts["nll"] = importance_weighted_nll(vae, x, samples, q=q).double()
+    return parts
 
 
 @torch.no_grad()

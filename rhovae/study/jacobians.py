@@ -1,4 +1,4 @@
-"""What a family of posteriors costs, from the decoder's Jacobian.          notebooks/12, Section 12.3
+"""What a family of posteriors costs, from the decoder's Jacobian.
 
 At z the decoder has logits f(z) with Jacobian J and pixels p = sigmoid(f). To second order
 
@@ -19,18 +19,20 @@ One line of JSON for each decoder, made by tools/price_decoders.py.
 import dataclasses
 import io
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, hessian, jacfwd, vmap
+from torch.distributions import Distribution
+from torch.func import grad, jacfwd, jacrev, vmap
 
-from .. import ar1
+from ..objectives import importance_weighted_nll
 from ..posteriors import POSTERIORS
 from ..vae import VAE
 from .checkpoint import read_checkpoint
-from .data import load_images
+from .data import load_images, to_unit_interval
 from .evaluation import best_posteriors, judge_posterior
 from .experiments import Experiment, build_vae, run_experiment
 from .provenance import environment
@@ -59,9 +61,14 @@ def local_precision(decoder: nn.Module, z: Tensor, chunk: int = 100) -> Tensor:
         jacobian = jacfwd(logits)(one)
         return jacobian.mT @ ((p * (1 - p)).unsqueeze(-1) * jacobian)
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # Forward mode loads a part of torch that torch itself calls deprecated.
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         information = vmap(precision, chunk_size=chunk)(z)
     return torch.eye(z.shape[-1], dtype=z.dtype, device=z.device) + information
+
+
+Member = Callable[[Tensor, Tensor], Tensor]
 
 
 def log_det(precision: Tensor) -> Tensor:
@@ -104,29 +111,45 @@ def ar1_price(precision: Tensor, points: int = 161, steps: int = 4) -> Tensor:
     """
     latent = precision.shape[-1]
     # tr(Lambda R) is a polynomial of rho, with the sums along the diagonals for coefficients.
-    lags = [precision.diagonal(k, -2, -1).sum(-1) for k in range(latent)]
-    lag = torch.stack([lags[0], *(2 * sums for sums in lags[1:])], -1)
-    powers = torch.arange(latent, dtype=lag.dtype, device=lag.device)
+    sums = torch.stack([precision.diagonal(k, -2, -1).sum(-1) for k in range(latent)], -1)
+    lag = torch.cat([sums[:, :1], 2 * sums[:, 1:]], -1)
 
-    def price(fisher_z: Tensor, lag: Tensor) -> Tensor:
-        rho = fisher_z.tanh()
-        trace = (lag * rho.unsqueeze(-1) ** powers).sum(-1)
-        log_one_minus = 2 * (math.log(2) - fisher_z.abs() - torch.log1p(torch.exp(-2 * fisher_z.abs())))
+    def trace_of(fisher_z: Tensor, lag: Tensor) -> Tensor:
+        rho, trace = fisher_z.tanh(), lag[..., -1]
+        for k in range(latent - 2, -1, -1):  # Horner: powers have no second derivative at 0
+            trace = lag[..., k] + rho * trace
+        return trace
+
+    def price(fisher_z: Tensor, trace: Tensor) -> Tensor:
+        log_one_minus = _log_one_minus_rho_squared(fisher_z)
         return 0.5 * (latent * (trace / latent).log() - (latent - 1) * log_one_minus)
+
+    def of_one(fisher_z: Tensor, lag: Tensor) -> Tensor:
+        return price(fisher_z, trace_of(fisher_z, lag))
 
     with torch.no_grad():
         fixed = lag.detach()
         grid = torch.linspace(-5, 5, points, dtype=lag.dtype, device=lag.device)
-        found = grid[price(grid, fixed.unsqueeze(1)).argmin(-1)]
-        slope = vmap(grad(price))
-        curvature = vmap(grad(grad(price)))
+        found = grid[price(grid, trace_of(grid, fixed.unsqueeze(1))).argmin(-1)]
+        value, slope = vmap(of_one), vmap(grad(of_one))
+        curvature = vmap(grad(grad(of_one)))
         for _ in range(steps):
-            better = found - slope(found, fixed) / curvature(found, fixed).abs().clamp_min(1e-12)
-            found = torch.where(price(better, fixed) < price(found, fixed), better, found)
-    return price(found, lag) - 0.5 * log_det(precision)
+            bend = curvature(found, fixed).abs().clamp_min(1e-12)
+            better = found - slope(found, fixed) / bend
+            lower = value(better, fixed) < value(found, fixed)
+            found = torch.where(lower, better, found)
+    return price(found, trace_of(found, lag)) - 0.5 * log_det(precision)
 
 
-def family_prices(precision: Tensor) -> dict[str, Tensor]:
+def _log_one_minus_rho_squared(fisher_z: Tensor) -> Tensor:
+    """-2 log cosh, without |fisher_z|, whose second derivative at 0 autograd takes for 0."""
+    doubled = nn.functional.softplus(2 * fisher_z, threshold=100)
+    return 2 * (math.log(2) + fisher_z - doubled)
+
+
+def family_prices(
+    precision: Tensor, starts: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What each family pays for each Lambda, nats.
 
     In closed form for `isotropic`, `diagonal` and `full` (which pays nothing), by a search in one
@@ -135,22 +158,23 @@ def family_prices(precision: Tensor) -> dict[str, Tensor]:
 
     Args:
         precision: Lambda, (n, d, d), float64.
+        starts: the second result for matrices close to these, to start from it alone.
     Returns:
-        The names in POSTERIORS -> (n,).
+        The names in POSTERIORS -> (n,); and the numbers at which the searches ended, for `starts`.
     """
+    ends, values = {}, {}
+    for name, (member, first) in SEARCHED.items():
+        begin = [starts[name]] if starts else first(precision, ends)
+        ends[name], value = _best_members(precision, member, begin)
+        values[name] = value - 0.5 * (precision.shape[-1] + log_det(precision))
     none = torch.zeros(len(precision), dtype=precision.dtype, device=precision.device)
-    return {
+    values |= {
         "isotropic": isotropic_price(precision),
         "diagonal": diagonal_price(precision),
         "ar1": ar1_price(precision),
-        "ar1-scaled": _best_of(precision, _chain, _scaled_starts(precision)),
-        "ar1-stepped": _best_of(precision, _chain, _stepped_starts(precision)),
-        "low-rank": _best_of(precision, _low_rank, _low_rank_starts(precision)),
         "full": none,
     }
-
-
-Member = Callable[[Tensor, Tensor], Tensor]
+    return {name: values[name] for name in POSTERIORS}, ends
 
 
 def _chain(numbers: Tensor, precision: Tensor) -> Tensor:
@@ -158,11 +182,16 @@ def _chain(numbers: Tensor, precision: Tensor) -> Tensor:
     latent = len(precision)
     log_scale, fisher_z = numbers[:latent], numbers[latent:]
     scale = log_scale.exp()
-    covariance = scale.outer(scale) * ar1.correlation(fisher_z.tanh(), latent)
-    size = fisher_z.abs()
-    log_one_minus = 2 * (math.log(2) - size - torch.log1p(torch.exp(-2 * size)))
-    each = (latent - 1) / len(fisher_z) if len(fisher_z) else 0
-    log_determinant = 2 * log_scale.sum() + each * log_one_minus.sum()
+    rho = fisher_z.tanh().expand(latent - 1)
+    # As ar1.correlation, whose scan has no second derivatives.
+    units = torch.eye(latent, dtype=rho.dtype, device=rho.device)
+    rows = [units[0]]
+    for step, unit in enumerate(units[1:]):
+        rows.append(rho[step] * rows[-1] + unit)
+    lower = torch.stack(rows)
+    covariance = scale.outer(scale) * (lower + lower.tril(-1).mT)
+    log_one_minus = _log_one_minus_rho_squared(fisher_z).expand(latent - 1)
+    log_determinant = 2 * log_scale.sum() + log_one_minus.sum()
     return 0.5 * ((precision * covariance).sum() - log_determinant)
 
 
@@ -175,6 +204,174 @@ def _low_rank(numbers: Tensor, precision: Tensor) -> Tensor:
     (a, b), (_, c) = inner  # of rank 2
     log_determinant = numbers[:latent].sum() + torch.log((1 + a) * (1 + c) - b * b)
     return 0.5 * (trace - log_determinant)
+
+
+def _scaled_starts(precision: Tensor, ends: dict) -> list[Tensor]:
+    scale = -0.5 * precision.diagonal(dim1=-2, dim2=-1).log()
+    return [torch.cat([scale, torch.full_like(scale[:, :1], z)], -1) for z in (-0.5, 0.5)]
+
+
+def _stepped_starts(precision: Tensor, ends: dict) -> list[Tensor]:
+    """Pair by pair, which is exact for two variables, and the best chain of one correlation."""
+    size, neighbours = precision.diagonal(dim1=-2, dim2=-1), precision.diagonal(1, -2, -1)
+    partial = neighbours / (size[:, 1:] * size[:, :-1]).sqrt()
+    log_scale = -0.5 * (size.log() + torch.log1p(-partial.square().amax(-1, keepdim=True)))
+    pairs = torch.cat([log_scale, -partial.atanh()], -1)
+    latent, one = size.shape[-1], ends["ar1-scaled"]
+    return [pairs, torch.cat([one[:, :latent], one[:, latent:].expand(-1, latent - 1)], -1)]
+
+
+def _low_rank_starts(precision: Tensor, ends: dict) -> list[Tensor]:
+    """The two directions in which the diagonal member is most too narrow, and two at random."""
+    variance = 1 / precision.diagonal(dim1=-2, dim2=-1)
+    scale = variance.sqrt()
+    whitened = scale.unsqueeze(-1) * precision * scale.unsqueeze(-2)
+    values, vectors = torch.linalg.eigh(whitened)
+    reach = (1 / values[:, :RANK] - 1).clamp_min(0.01).sqrt()
+    factors = [scale.unsqueeze(-1) * vectors[..., :RANK] * reach.unsqueeze(-2)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        noise = torch.randn(factors[0].shape, generator=generator, dtype=scale.dtype)
+        factors.append(0.3 * scale.unsqueeze(-1) * noise)
+    return [torch.cat([variance.log(), factor.flatten(1)], -1) for factor in factors]
+
+
+SEARCHED = {
+    "ar1-scaled": (_chain, _scaled_starts),
+    "ar1-stepped": (_chain, _stepped_starts),
+    "low-rank": (_low_rank, _low_rank_starts),
+}
+
+
+def _best_members(precision: Tensor, member: Member, starts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The best end of the searches for each row: its numbers, and the value there."""
+    ends = [minimised(member, start, precision) for start in starts]
+    values = torch.stack([vmap(member)(end, precision) for end in ends])
+    value, which = values.min(0)
+    return torch.stack(ends)[which, torch.arange(len(precision))], value
+
+
+def minimised(
+    objective: Member, start: Tensor, data: Tensor, *, steps: int = 200, tolerance: float = 1e-7
+) -> Tensor:
+    """A local minimum of objective(x_i, data_i) for every i by damped Newton steps.
+
+    (H + damping I) step = -gradient: the damping of a row falls after a step that lowers its value,
+    and grows after any other, or where the matrix is not positive definite; such a step is undone.
+
+    Args:
+        objective: (k,), (...) -> scalar.
+        start: (n, k).
+        data: (n, ...).
+        steps: at most.
+        tolerance: on the largest entry of the gradient.
+    Returns:
+        (n, k).
+    """
+    x, damping = start.clone(), torch.full_like(start[:, 0], 1e-2)
+    value = vmap(objective)(x, data)
+    slope = vmap(grad(objective))
+    curvature = vmap(jacrev(grad(objective)), chunk_size=100)
+    identity = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
+    gradient, matrix = slope(x, data), curvature(x, data)
+    active = torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        g, h, ridge = gradient[active], matrix[active], damping[active]
+        factor, failed = torch.linalg.cholesky_ex(h + ridge[:, None, None] * identity)
+        factor = torch.where((failed == 0)[:, None, None], factor, identity)
+        step = torch.cholesky_solve(g.unsqueeze(-1), factor).squeeze(-1)
+        tried = x[active] - step
+        new = vmap(objective)(tried, data[active])
+        better = (failed == 0) & (new < value[active])
+        damping[active] = torch.where(better, ridge / 5, 4 * ridge)
+        moved = active[better]
+        if len(moved):
+            x[moved], value[moved] = tried[better], new[better]
+            gradient[moved] = slope(x[moved], data[moved])
+            matrix[moved] = curvature(x[moved], data[moved])
+        # Where rounding hides what is left to gain, the damping grows without end.
+        unfinished = (gradient.abs().amax(-1) > tolerance) & (damping < 1e8)
+        active = unfinished.nonzero().squeeze(-1)
+        if not len(active):
+            break
+    return x
+
+
+def turned(precision: Tensor, rotation: Tensor) -> Tensor:
+    """Q^T Lambda Q for all Lambda (n, d, d) and one Q (d, d)."""
+    return rotation.mT @ precision @ rotation
+
+
+def random_rotation(latent: int, generator: torch.Generator) -> Tensor:
+    """A rotation from the uniform law on the orthogonal group, float64, (latent, latent)."""
+    noise = torch.randn(latent, latent, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(noise)
+    return q * r.diagonal().sign()
+
+
+def best_rotation(
+    precision: Tensor,
+    price: Callable[[Tensor], Tensor] = diagonal_price,
+    *,
+    starts: int = 4,
+    rounds: int = 4,
+    seed: int = 0,
+) -> tuple[Tensor, float, list[float]]:
+    """min over rotations Q of the mean of price(Q^T Lambda Q): for all images one Q.
+
+    For `diagonal_price` this is Pham's (2001) criterion over orthogonal matrices. L-BFGS over
+    Q exp(A - A^T), from the identity, from the eigenvectors of the mean of Lambda, and from random
+    rotations; each round begins anew at the Q found so far.
+
+    Args:
+        precision: (n, d, d), float64.
+        price: of each matrix, (n, d, d) -> (n,), with a gradient.
+        starts: searches in all.
+        rounds: of each search.
+        seed: of the random starts.
+    Returns:
+        The best Q, its price in nats, and the prices that the searches ended at.
+    """
+    latent, generator = precision.shape[-1], torch.Generator().manual_seed(seed)
+    first = [torch.eye(latent, dtype=precision.dtype), torch.linalg.eigh(precision.mean(0))[1]]
+    first += [random_rotation(latent, generator) for _ in range(starts - 2)]
+    ends = []
+    for rotation in first[:starts]:
+        for _ in range(rounds):
+            rotation = _rotation_search(precision, price, rotation)
+        ends.append((price(turned(precision, rotation)).mean().item(), rotation))
+    best, rotation = min(ends, key=lambda end: end[0])
+    return rotation, best, [value for value, _ in ends]
+
+
+def _rotation_search(precision: Tensor, price: Callable, rotation: Tensor) -> Tensor:
+    skew = torch.zeros_like(rotation).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [skew], max_iter=100, tolerance_grad=1e-9, tolerance_change=1e-13,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        value = price(turned(precision, rotation @ torch.matrix_exp(skew - skew.T))).mean()
+        (skew.grad,) = torch.autograd.grad(value, [skew])
+        return value
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return torch.linalg.qr(rotation @ torch.matrix_exp(skew - skew.T))[0]
+
+
+def stationarity(precision: Tensor, rotation: Tensor) -> Tensor:
+    """Flury's (1984) equations at Q: zero off the diagonal where the diagonal price is stationary.
+
+    q_j^T [mean_n (1 / l_nj - 1 / l_nk) Lambda_n] q_k,    l_nj = q_j^T Lambda_n q_j
+
+    Returns:
+        (d, d), skew-symmetric.
+    """
+    inside = turned(precision, rotation)
+    inverse = 1 / inside.diagonal(dim1=-2, dim2=-1)
+    return ((inverse.unsqueeze(-1) - inverse.unsqueeze(-2)) * inside).mean(0)
 
 
 def trained(experiment: Experiment, checkpoints: str | Path) -> VAE:
@@ -193,34 +390,43 @@ def trained(experiment: Experiment, checkpoints: str | Path) -> VAE:
     return vae.eval()
 
 
-def measured(experiment: Experiment, checkpoints: str | Path, **settings) -> dict:
+def measured(experiment: Experiment, checkpoints: str | Path, *, judged: int = 250) -> dict:
     """The costs that the grid `gaps` records, image by image, kept beside the model's checkpoint.
 
-    The random numbers are those of the grid, so for the same model the means are the same.
+    As `inference_gaps`, but with fewer draws for the results, and with the importance-weighted nll
+    of one proposal alone, the best full posterior (by 1,000 draws).
 
     Args:
         experiment: with gap_images.
         checkpoints: folder of the model and of what was measured on it.
-        settings: of `best_posteriors` and, as judged, of `judge_posterior`.
+        judged: draws per image for each negative ELBO.
     Returns:
-        costs: "encoder" and the names in POSTERIORS -> part -> nats of each image. encoder, full:
-        mean and covariance of these posteriors. environment: where it was measured.
+        negative_elbo: "encoder" and the names in POSTERIORS -> nats of each image. nll: of each
+        image. encoder, full: mean and covariance of these posteriors. environment: where measured.
     """
     path = Path(checkpoints) / f"{experiment.name}.measured.pt"
     vae = trained(experiment, checkpoints)
     if path.is_file():
         return torch.load(path, weights_only=True)
     images = load_images(experiment.dataset, "test", experiment.source)[: experiment.gap_images]
-    judged = settings.pop("judged", 1000)
     set_seed(experiment.seed, 7)
-    found: dict = {"costs": {}, "environment": environment(torch.device("cpu"))}
-    for name, q in best_posteriors(vae, images, **settings):
-        found["costs"][name] = judge_posterior(vae, q, images, judged)
+    found: dict = {"negative_elbo": {}, "environment": environment(torch.device("cpu"))}
+    for name, q in best_posteriors(vae, images):
+        found["negative_elbo"][name] = judge_posterior(vae, q, images, judged, nll=False)[
+            "negative_elbo"
+        ]
         if name in ("encoder", "full"):
-            matrix = getattr(q, "covariance_matrix", None)
-            matrix = q.variance.diag_embed() if matrix is None else matrix
-            found[name] = {"mean": q.mean.detach(), "covariance": matrix.detach()}
+            found[name] = {"mean": q.mean.detach(), "covariance": covariance_of(q).detach()}
+    x = to_unit_interval(images)
+    with torch.no_grad():  # the last posterior is the full one
+        found["nll"] = importance_weighted_nll(vae, x, 1000, q=q).double()
     buffer = io.BytesIO()
     torch.save(found, buffer)
     write_whole(path, buffer.getbuffer())
     return found
+
+
+def covariance_of(q: Distribution) -> Tensor:
+    """(*batch, d, d), of a normal of any kind."""
+    matrix = getattr(q, "covariance_matrix", None)
+    return q.variance.diag_embed() if matrix is None else matrix
