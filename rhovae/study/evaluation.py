@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 
 from ..distribution import AR1Normal
@@ -109,9 +109,10 @@ def inference_gaps(
         reconstruction, kl, and the importance-weighted nll with this posterior as proposal. All
         of these nll bound -log p(x) from above in the mean, so the lowest is the best estimate.
     """
-    settings = {"steps": steps, "learning_rate": learning_rate, "samples": samples}
     found = {}
-    for name, q in best_posteriors(vae, images, **settings):
+    for name, q in best_posteriors(
+        vae, images, steps=steps, learning_rate=learning_rate, samples=samples
+    ):
         each = judge_posterior(vae, q, images, judged)
         found[name] = {part: nats.double().mean().item() for part, nats in each.items()}
     return found
@@ -148,7 +149,7 @@ def optimised(vae, encoded, family, x, steps=500, learning_rate=0.03, samples=4)
     # the numbers of each image's posterior are parameters of their own.
     head = POSTERIORS[family](len(x), encoded.event_shape[-1]).to(x)
     identity = torch.eye(len(x)).to(x)
-    layers = dict(head.named_children())
+    layers = {name: part for name, part in head.named_children() if isinstance(part, nn.Linear)}
     with torch.no_grad():
         for layer in layers.values():
             layer.bias.zero_()

@@ -16,6 +16,7 @@ diagonalises jointly; over orthogonal Q it is that of Flury's (1984) common prin
 One line of JSON for each decoder, made by tools/price_decoders.py.
 """
 
+import copy
 import dataclasses
 import io
 import math
@@ -29,7 +30,7 @@ from torch.distributions import Distribution
 from torch.func import grad, jacfwd, jacrev, vmap
 
 from ..objectives import importance_weighted_nll
-from ..posteriors import POSTERIORS
+from ..posteriors import POSTERIORS, LowRank
 from ..vae import VAE
 from .checkpoint import read_checkpoint
 from .data import load_images, to_unit_interval
@@ -39,7 +40,7 @@ from .provenance import environment
 from .records import write_whole
 from .training import set_seed
 
-RANK = POSTERIORS["low-rank"].rank
+RANK = LowRank.rank
 
 
 def local_precision(decoder: nn.Module, z: Tensor, chunk: int = 100) -> Tensor:
@@ -94,7 +95,7 @@ def diagonal_price(precision: Tensor) -> Tensor:
     return 0.5 * (precision.diagonal(dim1=-2, dim2=-1).log().sum(-1) - log_det(precision))
 
 
-def ar1_price(precision: Tensor, points: int = 161, steps: int = 4) -> Tensor:
+def ar1_price(precision: Tensor, points: int = 160, steps: int = 3) -> Tensor:
     """The price of s R(rho), the best s = d / tr(Lambda R) inserted, at its best rho:
 
         1/2 min over rho of  d log(tr(Lambda R(rho)) / d) - (d - 1) log(1 - rho^2) - log det Lambda
@@ -162,7 +163,8 @@ def family_prices(
     Returns:
         The names in POSTERIORS -> (n,); and the numbers at which the searches ended, for `starts`.
     """
-    ends, values = {}, {}
+    ends: dict[str, Tensor] = {}
+    values = {}
     for name, (member, first) in SEARCHED.items():
         begin = [starts[name]] if starts else first(precision, ends)
         ends[name], value = _best_members(precision, member, begin)
@@ -200,9 +202,12 @@ def _low_rank(numbers: Tensor, precision: Tensor) -> Tensor:
     latent = len(precision)
     variance, factor = numbers[:latent].exp(), numbers[latent:].reshape(latent, RANK)
     trace = (precision.diagonal() * variance).sum() + (factor * (precision @ factor)).sum()
-    inner = factor.mT @ (factor / variance.unsqueeze(-1))
-    (a, b), (_, c) = inner  # of rank 2
-    log_determinant = numbers[:latent].sum() + torch.log((1 + a) * (1 + c) - b * b)
+    one, two = (factor / variance.sqrt().unsqueeze(-1)).unbind(-1)
+    # det(I + G^T G) of rank 2 by Lagrange's identity: without a subtraction between large terms,
+    # as a variance may go to zero (Heywood's case).
+    minors = one.outer(two) - two.outer(one)
+    determinant = 1 + one.square().sum() + two.square().sum() + 0.5 * minors.square().sum()
+    log_determinant = numbers[:latent].sum() + determinant.log()
     return 0.5 * (trace - log_determinant)
 
 
@@ -374,6 +379,109 @@ def stationarity(precision: Tensor, rotation: Tensor) -> Tensor:
     return ((inverse.unsqueeze(-1) - inverse.unsqueeze(-2)) * inside).mean(0)
 
 
+def run(
+    dataset: str, decoder: str, *, images: int, seed: int = 0, latent: int = 20,
+    checkpoints: str | Path, draws: int = 16, rotations: int = 20,
+) -> dict:  # fmt: skip
+    """Predict what every family costs for one decoder of the grid `gaps`, beside what was measured.
+
+    Lambda is taken at three places: at the "mean" of the best full posterior of each image (the
+    prediction proper); averaged over "draws" of it, as the best Gaussian has the mean Hessian for
+    precision (Opper and Archambeau 2009); and as the precision of that "posterior" itself, which
+    needs no Jacobian: what is off there is off for another reason.
+
+    Args:
+        dataset, decoder, seed, latent: of the Experiment; decoder is the family it trained with.
+        images: the first of the test set.
+        checkpoints: folder of trained models and of what was measured on them.
+        draws: of the full posterior.
+        rotations: random ones.
+    Returns:
+        test: the model's own negative ELBO on the whole test set. measured: family -> cost above
+        -log p(x), and excess over the full family. predicted: place -> family -> cost, off (cost
+        minus measured excess), correlation (of both over images). All as mean and standard error
+        over images. rotated: family -> mean price in the axes as trained, the best axes found, and
+        random ones; checked: price in the best axes as measured, with the decoder turned. units:
+        per latent variable, KL to the prior of the encoder's posterior, mean over images.
+    """
+    experiment = Experiment(
+        dataset=dataset, source="full", posterior=decoder, latent=latent, seed=seed,
+        gap_images=images, pictures=False,
+    )  # fmt: skip
+    vae = trained(experiment, checkpoints)
+    found = measured(experiment, checkpoints)
+    elbo, full = found["negative_elbo"], found["full"]
+    excess = {name: elbo[name] - elbo["full"] for name in POSTERIORS}
+    result: dict = {
+        "test": found["test"],
+        "nll": _mean_and_error(found["nll"]),
+        "measured": {
+            name: {
+                "cost": _mean_and_error(nats - found["nll"]),
+                "excess": _mean_and_error(nats - elbo["full"]),
+            }
+            for name, nats in elbo.items()
+        },
+        "predicted": {},
+        "measured_in": found["environment"],
+    }
+    wide = copy.deepcopy(vae.decoder).double()
+    mean, covariance = full["mean"].double(), full["covariance"].double()
+    noise = torch.randn(
+        draws, *mean.shape, generator=torch.Generator().manual_seed(seed), dtype=mean.dtype
+    )
+    at = mean + (torch.linalg.cholesky(covariance) @ noise.unsqueeze(-1)).squeeze(-1)
+    places = {
+        "mean": local_precision(wide, mean),
+        "draws": torch.stack([local_precision(wide, z) for z in at]).mean(0),
+        "posterior": torch.cholesky_inverse(torch.linalg.cholesky(covariance)),
+    }
+    ends = None
+    for place, precision in places.items():
+        prices, ends = family_prices(precision, ends)
+        result["predicted"][place] = {
+            name: {
+                "cost": _mean_and_error(price),
+                "off": _mean_and_error(price - excess[name]),
+                "correlation": _correlation(price, excess[name]),
+            }
+            for name, price in prices.items()
+        }
+    exact, generator = places["mean"], torch.Generator().manual_seed(seed)
+    random = [random_rotation(latent, generator) for _ in range(rotations)]
+    rotation, best, searches = best_rotation(exact)
+    chain = best_rotation(exact, ar1_price, starts=2, rounds=1)[1:]
+    result["rotated"] = {
+        name: {
+            "trained": price(exact).mean().item(),
+            "best": least,
+            "searches": every,
+            "random": [price(turned(exact, q)).mean().item() for q in random],
+        }
+        for name, price, least, every in (
+            ("diagonal", diagonal_price, best, searches),
+            ("ar1", ar1_price, *chain),
+        )
+    }
+    result["rotated"]["diagonal"]["overlap"] = rotation.square().amax(0).mean().item()
+    encoder = found["encoder"]
+    variance = encoder["covariance"].diagonal(dim1=-2, dim2=-1)
+    units = 0.5 * (encoder["mean"].square() + variance - 1 - variance.log())
+    result["units"] = units.double().mean(0).tolist()
+    return result
+
+
+def _mean_and_error(values: Tensor) -> list[float]:
+    """Mean over images and its standard error."""
+    return [values.mean().item(), (values.std() / len(values) ** 0.5).item()]
+
+
+def _correlation(one: Tensor, other: Tensor) -> float:
+    """Pearson's, 0 where one of them is constant."""
+    both = torch.stack([one, other])
+    return torch.corrcoef(both)[0, 1].nan_to_num(0.0).item()
+
+
 def trained(experiment: Experiment, checkpoints: str | Path) -> VAE:
     """The model of an experiment, trained if its checkpoint is not there; on the CPU.
 
@@ -402,12 +510,15 @@ def measured(experiment: Experiment, checkpoints: str | Path, *, judged: int = 2
         judged: draws per image for each negative ELBO.
     Returns:
         negative_elbo: "encoder" and the names in POSTERIORS -> nats of each image. nll: of each
-        image. encoder, full: mean and covariance of these posteriors. environment: where measured.
+        image. encoder, full: mean and covariance of these posteriors. test: the model's negative
+        ELBO on the whole test set. environment: where measured.
     """
     path = Path(checkpoints) / f"{experiment.name}.measured.pt"
     vae = trained(experiment, checkpoints)
+    history = read_checkpoint(Path(checkpoints) / f"{experiment.run_name}.pt")["history"]
+    test = history[-1]["test"]["negative_elbo"]
     if path.is_file():
-        return torch.load(path, weights_only=True)
+        return torch.load(path, weights_only=True) | {"test": test}
     images = load_images(experiment.dataset, "test", experiment.source)[: experiment.gap_images]
     set_seed(experiment.seed, 7)
     found: dict = {"negative_elbo": {}, "environment": environment(torch.device("cpu"))}
@@ -423,7 +534,7 @@ def measured(experiment: Experiment, checkpoints: str | Path, *, judged: int = 2
     buffer = io.BytesIO()
     torch.save(found, buffer)
     write_whole(path, buffer.getbuffer())
-    return found
+    return found | {"test": test}
 
 
 def covariance_of(q: Distribution) -> Tensor:
