@@ -342,9 +342,14 @@ def best_rotation(
     first += [random_rotation(latent, generator) for _ in range(starts - 2)]
     ends = []
     for rotation in first[:starts]:
+        value = price(turned(precision, rotation)).mean().item()
         for _ in range(rounds):
-            rotation = _rotation_search(precision, price, rotation)
-        ends.append((price(turned(precision, rotation)).mean().item(), rotation))
+            tried = _rotation_search(precision, price, rotation)
+            reached = price(turned(precision, tried)).mean().item()
+            if not reached < value:  # a line search across the kinks of a price may lose its way
+                break
+            rotation, value = tried, reached
+        ends.append((value, rotation))
     best, rotation = min(ends, key=lambda end: end[0])
     return rotation, best, [value for value, _ in ends]
 
@@ -381,7 +386,8 @@ def stationarity(precision: Tensor, rotation: Tensor) -> Tensor:
 
 def run(
     dataset: str, decoder: str, *, images: int, seed: int = 0, latent: int = 20,
-    checkpoints: str | Path, draws: int = 16, rotations: int = 20,
+    source: str = "full", epochs: int = 15, checkpoints: str | Path, draws: int = 16,
+    rotations: int = 20,
 ) -> dict:  # fmt: skip
     """Predict what every family costs for one decoder of the grid `gaps`, beside what was measured.
 
@@ -391,7 +397,8 @@ def run(
     needs no Jacobian: what is off there is off for another reason.
 
     Args:
-        dataset, decoder, seed, latent: of the Experiment; decoder is the family it trained with.
+        dataset, decoder, seed, latent, source, epochs: of the Experiment; decoder is the family it
+            trained with.
         images: the first of the test set.
         checkpoints: folder of trained models and of what was measured on them.
         draws: of the full posterior.
@@ -406,8 +413,8 @@ def run(
         KL to the prior of the encoder's posterior, mean over images.
     """
     experiment = Experiment(
-        dataset=dataset, source="full", posterior=decoder, latent=latent, seed=seed,
-        gap_images=images, pictures=False,
+        dataset=dataset, source=source, posterior=decoder, latent=latent, seed=seed,
+        epochs=epochs, gap_images=images, pictures=False,
     )  # fmt: skip
     vae = trained(experiment, checkpoints)
     found = measured(experiment, checkpoints)

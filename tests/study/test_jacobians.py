@@ -1,6 +1,9 @@
 """What a family costs by the decoder's Jacobian, against dense algebra and brute force."""
 
+import functools
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,12 @@ from rhovae import POSTERIORS, ar1
 from rhovae.objectives import bernoulli_nll
 from rhovae.study import jacobians
 from rhovae.study.linear import best_rho, spectral_gap
+from rhovae.study.lines import read_lines
+from rhovae.study.records import load_records
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import price_decoders  # noqa: E402
 
 
 def precisions(count, latent):
@@ -211,3 +220,40 @@ def test_the_gradient_of_the_ar1_price_is_that_of_its_minimum():
 
     factor = torch.randn(3, 4, 4).requires_grad_()
     assert torch.autograd.gradcheck(price, (factor,), atol=1e-5)
+
+
+def test_a_run_has_every_number_and_a_second_one_the_same(monkeypatch, tmp_path, float32):
+    """With few steps, on a small decoder; the second finds model and measurements on disk."""
+    for name in ("best_posteriors", "optimised"):
+        few = functools.partial(getattr(jacobians, name), steps=30)
+        monkeypatch.setattr(jacobians, name, few)
+    settings = dict(
+        images=8, latent=3, source="embedded", epochs=1, checkpoints=tmp_path, draws=2, rotations=3
+    )
+    result = jacobians.run("mnist", "ar1", **settings)
+    assert set(result["measured"]) == {"encoder", *POSTERIORS}
+    for place in ("mean", "draws", "posterior"):
+        entry = result["predicted"][place]
+        assert list(entry) == list(POSTERIORS)
+        for name in POSTERIORS:
+            excess = result["measured"][name]["excess"][0]
+            assert entry[name]["off"][0] == pytest.approx(entry[name]["cost"][0] - excess)
+    for entry in result["rotated"].values():
+        assert entry["best"] <= entry["trained"]
+        assert len(entry["random"]) == 3
+    trained = result["predicted"]["mean"]["diagonal"]["cost"][0]
+    assert result["rotated"]["diagonal"]["trained"] == pytest.approx(trained)
+    best = result["rotated"]["diagonal"]["best"]
+    assert result["checked"]["predicted"][0] == pytest.approx(trained - best)
+    assert len(result["units"]) == 3
+    assert jacobians.run("mnist", "ar1", **settings) == result
+
+
+def test_the_committed_lines_are_those_of_the_tool_and_their_models_like_those_of_the_grid():
+    for line in read_lines(price_decoders.PATH):
+        settings, result = line["settings"], line["result"]
+        assert settings in price_decoders.runs(settings["images"])
+        chosen = dict(dataset=settings["dataset"], posterior=settings["decoder"])
+        (record,) = load_records(ROOT / "data" / "results" / "gaps", **chosen)
+        assert abs(result["test"] - record["test"]["negative_elbo"]) < 0.5
+        assert not line["environment"]["commit"].endswith("+")
