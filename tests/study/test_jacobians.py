@@ -74,7 +74,10 @@ def test_the_price_of_each_family_is_the_least_dense_kl_of_its_head(name, latent
 
 
 def test_the_prices_respect_what_contains_what():
-    prices, _ = jacobians.family_prices(precisions(20, 7))
+    exact = precisions(20, 7)
+    prices, ends = jacobians.family_prices(exact)
+    for name, member in jacobians.predicted_members(exact, ends).items():
+        torch.testing.assert_close(jacobians.kl_to_precision(member, exact), prices[name])
     order = [("isotropic", "diagonal"), ("isotropic", "ar1"), ("diagonal", "ar1-scaled"),
              ("ar1", "ar1-scaled"), ("ar1-scaled", "ar1-stepped"), ("diagonal", "low-rank"),
              ("ar1-stepped", "full"), ("low-rank", "full")]  # fmt: skip
@@ -203,6 +206,18 @@ def test_at_the_best_rotation_flury_s_equations_hold_and_no_random_one_is_better
         assert jacobians.diagonal_price(turned).mean() > price
         same = jacobians.isotropic_price(turned).mean()
         torch.testing.assert_close(same, jacobians.isotropic_price(exact).mean())
+
+
+def test_the_search_for_a_chain_s_axes_keeps_their_signs():
+    """A flipped axis changes the price of a chain: a search must not end above where it began."""
+    exact = precisions(12, 4)
+    (turn, price, ends) = jacobians.best_rotation(exact, jacobians.ar1_price, starts=2, rounds=1)
+    assert ends[0] < jacobians.ar1_price(exact).mean() - 1e-3
+    found = jacobians.ar1_price(jacobians.turned(exact, turn)).mean()
+    assert found.item() == pytest.approx(price)
+    near = torch.matrix_exp(0.001 * (turn - turn.T))
+    again = jacobians._rotation_search(exact, jacobians.ar1_price, turn @ near)
+    assert jacobians.ar1_price(jacobians.turned(exact, again)).mean() < price + 1e-6
 
 
 def test_random_rotations_are_orthogonal_and_have_no_preferred_axis():
