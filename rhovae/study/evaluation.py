@@ -1,10 +1,10 @@
 """How good a trained VAE is: -ELBO and its parts, importance-weighted NLL, and inference gaps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 
 from ..distribution import AR1Normal
@@ -109,23 +109,47 @@ def inference_gaps(
         reconstruction, kl, and the importance-weighted nll with this posterior as proposal. All
         of these nll bound -log p(x) from above in the mean, so the lowest is the best estimate.
     """
+    found = {}
+    for name, q in best_posteriors(
+        vae, images, steps=steps, learning_rate=learning_rate, samples=samples
+    ):
+        each = judge_posterior(vae, q, images, judged)
+        found[name] = {part: nats.double().mean().item() for part, nats in each.items()}
+    return found
+
+
+def best_posteriors(
+    vae: VAE, images: Tensor, *, steps: int = 500, learning_rate: float = 0.03, samples: int = 4
+) -> Iterator[tuple[str, Distribution]]:
+    """What `inference_gaps` judges: "encoder" with its posterior, then each family with its best.
+
+    Args:
+        vae, images, steps, learning_rate, samples: as there.
+    """
     vae.eval()
     x = to_unit_interval(images)
     with torch.no_grad():
         encoded = vae.encode(x)
-        found = {"encoder": _judge_posterior(vae, encoded, x, judged)}
-    for family, head in POSTERIORS.items():
-        q = _optimised(vae, encoded, head, x, steps, learning_rate, samples)
-        found[family] = _judge_posterior(vae, q, x, judged)
-    return found
+    yield "encoder", encoded
+    for family in POSTERIORS:
+        yield family, optimised(vae, encoded, family, x, steps, learning_rate, samples)
 
 
-def _optimised(vae, encoded, head, x, steps, learning_rate, samples) -> Distribution:
-    """The best posterior of a family for each image, by stochastic gradients."""
+def optimised(vae, encoded, family, x, steps=500, learning_rate=0.03, samples=4) -> Distribution:
+    """The best posterior of a family for each image, by stochastic gradients.
+
+    Args:
+        vae: the model, in evaluation mode.
+        encoded: the posterior to start from, of which mean and variance are taken, (batch,).
+        family: a name in POSTERIORS.
+        x: images in [0, 1], (batch, *image_shape).
+        steps, learning_rate, samples: as in `inference_gaps`.
+    """
     # Without biases, a head returns for the rows of an identity matrix its columns of weights:
     # the numbers of each image's posterior are parameters of their own.
-    head, identity = head(len(x), encoded.event_shape[-1]).to(x), torch.eye(len(x)).to(x)
-    layers = dict(head.named_children())
+    head = POSTERIORS[family](len(x), encoded.event_shape[-1]).to(x)
+    identity = torch.eye(len(x)).to(x)
+    layers = {name: part for name, part in head.named_children() if isinstance(part, nn.Linear)}
     with torch.no_grad():
         for layer in layers.values():
             layer.bias.zero_()
@@ -161,13 +185,29 @@ def _reconstruction(vae, q, x, samples: int) -> Tensor:
 
 
 @torch.no_grad()
-def _judge_posterior(vae, q, x, samples: int) -> dict[str, float]:
+def judge_posterior(
+    vae: VAE, q: Distribution, images: Tensor, samples: int, nll: bool = True
+) -> dict[str, Tensor]:
+    """What a posterior costs for each image, by fresh draws from torch's global generator.
+
+    Args:
+        vae: the model, in evaluation mode.
+        q: a posterior of each image, (batch,).
+        images: uint8, (batch, channels, height, width).
+        samples: draws per image.
+        nll: whether to estimate it.
+    Returns:
+        Nats, each of shape (batch,): negative_elbo, reconstruction, kl, and the importance-weighted
+        nll with this posterior as proposal.
+    """
+    x = to_unit_interval(images)
     rounds = [_reconstruction(vae, q, x, 1) for _ in range(samples)]
-    reconstruction = torch.stack(rounds).double().mean().item()
-    kl = kl_divergence(q, standard_normal_like(q.mean)).double().mean().item()
-    nll = importance_weighted_nll(vae, x, samples, q=q).double().mean().item()
-    parts = {"reconstruction": reconstruction, "kl": kl, "nll": nll}
-    return {"negative_elbo": reconstruction + kl, **parts}
+    reconstruction = torch.stack(rounds).double().mean(0)
+    kl = kl_divergence(q, standard_normal_like(q.mean)).double()
+    parts = {"negative_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
+    if nll:
+        parts["nll"] = importance_weighted_nll(vae, x, samples, q=q).double()
+    return parts
 
 
 @torch.no_grad()
