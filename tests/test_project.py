@@ -65,7 +65,7 @@ def test_the_version_agrees_everywhere():
 
 CORE = sorted((ROOT / "rhovae").glob("*.py"))
 # Each in its one module, when it is used.
-OPTIONAL = {"pyro": {"pyro"}, "kernels": {"numba"}, "loops": {"numba"}, "gpu": {"triton"}}
+OPTIONAL = {"pyro": {"pyro"}, "kernels": {"numba"}, "loops": {"numba", "numpy"}, "gpu": {"triton"}}
 
 
 def imported(path):
