@@ -1,6 +1,7 @@
 """The grid: what is planned, what a kill leaves, and how far it says it is."""
 
 import json
+import math
 import re
 import shlex
 import signal
@@ -30,7 +31,12 @@ FIGURES = ("04_decomposition", "06_figure_1_full", "06_figure_2_mnist_full",
 
 UNFINISHED = {"smoke", "corrected", "released"}
 FAMILIES = ("families", "gaps", "rows")
-UNFINISHED |= {"families", "gaps", "rows", "active", "anchor", "fair", "flows", "long", "rates"}
+UNFINISHED |= {"active", "anchor", "fair", "flows", "long", "rates"}
+SEEDS_THERE = {  # of grids that were widened; the seeds beyond are still to be run
+    "families": lambda experiment: 5 if experiment.latent in (5, 20) else 3,
+    "gaps": lambda experiment: 1,
+    "rows": lambda experiment: 3,
+}
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -143,7 +149,9 @@ def test_the_committed_records_are_those_of_the_grid(tmp_path, planned):
     for grid in grids.GRIDS:
         names = {experiment.name for experiment in grids.GRIDS[grid]()}
         found = {path.stem for path in (results / grid).glob("*.json")}
-        assert found <= names if grid in UNFINISHED else found == names, grid
+        there = SEEDS_THERE.get(grid, lambda experiment: math.inf)
+        due = {e.name for e in grids.GRIDS[grid]() if e.seed < there(e) and grid not in UNFINISHED}
+        assert due <= found <= names, grid
         for path in (results / grid).glob("*.json"):
             assert Experiment(**load_record(path)["experiment"]).name == path.stem
 
