@@ -9,9 +9,8 @@ of data for each setting of notebook 10; one line each in data/results/time/newt
 import math
 from itertools import product
 
-import torch
 from torch import Tensor
-from torch.autograd.functional import hessian, jacobian
+from torch.autograd.functional import jacobian
 from torch.distributions import kl_divergence
 
 from rhovae.study import counts as study
@@ -52,27 +51,14 @@ def newton_step(
 ) -> tuple[Tensor, Tensor]:
     """From theta, at which `found` is the best chain; the step and its Monte Carlo error, (3,)."""
     q = study.posterior("stepped", found.free, found.prior)
-    sums = study._sums_of_draws(counts, q, draws, seed)
-
-    def evidence(at: Tensor) -> Tensor:
-        return (study._log_weights(counts, at, sums).logsumexp(1) - math.log(draws)).sum()
 
     def bound(at: Tensor) -> Tensor:
         prior = study.ar1_prior(at[0], at[1], counts.shape[-1])
         fitted = study.expected_log_likelihood(counts, at[2], q.mean, q.variance)
         return (fitted - kl_divergence(q, prior)).sum()
 
-    weights = study._log_weights(counts, theta, sums).softmax(1)
-    scores = torch.stack([
-        study._log_weights(counts, theta + h, sums) - study._log_weights(counts, theta - h, sums)
-        for h in 1e-4 * torch.eye(3).to(counts)
-    ]) / 2e-4  # fmt: skip
-    excess = weights - 1 / draws
-    curvature = -hessian(evidence, theta)
-    gradient = jacobian(bound, theta) + (excess * scores).sum((1, 2))
-    terms = excess * (scores - (weights * scores).sum(-1, keepdim=True))
-    error = torch.linalg.solve(curvature, terms.flatten(1)).square().sum(-1).sqrt()
-    return torch.linalg.solve(curvature, gradient), error
+    sums = study.sums_of_draws(counts, q, draws, seed)
+    return study.newton_step(counts, theta, sums, jacobian(bound, theta))
 
 
 if __name__ == "__main__":

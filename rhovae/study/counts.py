@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.functional import hessian
 from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 from torch.func import functional_call
 
@@ -295,24 +296,12 @@ def maximum_likelihood(
     """
     found = fit(counts, "stepped", tolerance=1e-4)
     start = torch.tensor([math.log(found.time_constant), math.log(found.scale), found.rate])
-    start, small = start.to(counts), 1e-4 * torch.eye(3).to(counts)
+    start = start.to(counts)
     q = posterior("stepped", found.free, found.prior)
     for attempt in range(5):  # now and then one draw outweighs the rest
-        sums = _sums_of_draws(counts, q, draws, seed + 1000 * attempt)
-
-        def evidence(theta: Tensor, sums=sums) -> Tensor:
-            return (_log_weights(counts, theta, sums).logsumexp(1) - math.log(draws)).sum()
-
-        weights = _log_weights(counts, start, sums).softmax(1)
-        scores = torch.stack([
-            _log_weights(counts, start + h, sums) - _log_weights(counts, start - h, sums)
-            for h in small
-        ]) / 2e-4  # fmt: skip
-        terms = (weights - 1 / draws) * (scores - (weights * scores).sum(-1, keepdim=True))
-        gradient = ((weights - 1 / draws) * scores).sum((1, 2))
-        curvature = -torch.autograd.functional.hessian(evidence, start)
-        noise = torch.linalg.solve(curvature, terms.flatten(1)).square().sum(-1).sqrt()
-        theta = start + torch.linalg.solve(curvature, gradient)
+        sums = sums_of_draws(counts, q, draws, seed + 1000 * attempt)
+        step, noise = newton_step(counts, start, sums)
+        theta = start + step
         weights = _log_weights(counts, theta, sums).softmax(1)
         effective = 1 / weights.square().sum(1)
         if effective.min() > enough:
@@ -328,7 +317,7 @@ def maximum_likelihood(
         "time_constant": theta[0].exp().item(),
         "scale": theta[1].exp().item(),
         "rate": theta[2].item(),
-        "bound_per_step": evidence(theta).item() / counts.numel(),
+        "bound_per_step": _log_evidence(counts, theta, sums).item() / counts.numel(),
         "coverage": ((low < windows) & (windows < high)).double().mean().item(),
         "width": (high - low).mean().item(),
         "effective_draws": [effective.min().item(), effective.median().item()],
@@ -337,7 +326,37 @@ def maximum_likelihood(
     }
 
 
-def _sums_of_draws(counts: Tensor, q: AR1Normal, draws: int, seed: int) -> dict[str, Tensor]:
+def newton_step(
+    counts: Tensor, theta: Tensor, sums: dict[str, Tensor], slope: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """One step from theta to the largest importance-weighted likelihood, as `maximum_likelihood`.
+
+    Args:
+        theta: log time constant, log scale and rate, (3,), for which q is the best chain.
+        sums: of draws of q, from `sums_of_draws`.
+        slope: the derivative of q's bound in theta, (3,); 0 where the bound is largest.
+    Returns:
+        The step, and its Monte Carlo standard error, both (3,).
+    """
+    weights, small = _log_weights(counts, theta, sums).softmax(1), 1e-4 * torch.eye(3).to(counts)
+    scores = torch.stack([
+        _log_weights(counts, theta + h, sums) - _log_weights(counts, theta - h, sums)
+        for h in small
+    ]) / 2e-4  # fmt: skip
+    excess = weights - 1 / weights.shape[-1]
+    terms = excess * (scores - (weights * scores).sum(-1, keepdim=True))
+    gradient = slope + (excess * scores).sum((1, 2))
+    curvature = -hessian(lambda at: _log_evidence(counts, at, sums), theta)
+    noise = torch.linalg.solve(curvature, terms.flatten(1)).square().sum(-1).sqrt()
+    return torch.linalg.solve(curvature, gradient), noise
+
+
+def _log_evidence(counts: Tensor, theta: Tensor, sums: dict[str, Tensor]) -> Tensor:
+    log_weights = _log_weights(counts, theta, sums)
+    return (log_weights.logsumexp(1) - math.log(log_weights.shape[-1])).sum()
+
+
+def sums_of_draws(counts: Tensor, q: AR1Normal, draws: int, seed: int) -> dict[str, Tensor]:
     """What log p(y, z) - log q(z) depends on, for draws of q: each (series, draws)."""
     generator = torch.Generator().manual_seed(seed)
     series, steps = counts.shape
