@@ -27,8 +27,8 @@ class Checkpoint:
         defaults: what the fields of `run` are in a file that was written before they existed.
     Attributes:
         environments: those that trained a part of the run, in order, as far as they differ.
-        best: of a run with validation images the epoch that was best on them, its value there, and
-            its weights (see `training.fit`); None before there is one.
+        best: of a run with validation images the weights after the epoch that was best on them
+            (`training.judged_epoch`); None before there is one.
     """
 
     path: Path

@@ -111,7 +111,7 @@ def fit(
         desc=label, unit="epoch", disable=None if progress else True,
     )  # fmt: skip
     for epoch in bar:
-        if patience and best and epoch - 1 - best["epoch"] >= patience:
+        if patience and history and epoch - 1 - judged_epoch(history)["epoch"] >= patience:
             break
         start = time.perf_counter()
         if schedule:
@@ -151,14 +151,13 @@ def fit(
         entry = {"epoch": epoch, "train": train_means, **means, "rho": rho}
         history.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
         if validation is not None and judged_epoch(history) is history[-1]:
-            value = means["validation"]["loss"]
-            best = {"epoch": epoch, "value": value, "vae": copy.deepcopy(vae.state_dict())}
+            best = copy.deepcopy(vae.state_dict())
         if checkpoint:
             checkpoint.best = best
             checkpoint.save(history, vae, optimizer)
         bar.set_postfix_str(f"test -ELBO {test_means['negative_elbo']:.2f} nats")
     if best:
-        vae.load_state_dict(best["vae"])
+        vae.load_state_dict(best)
     return history
 
 
