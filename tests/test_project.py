@@ -219,7 +219,7 @@ def test_pre_commit_lints_with_the_version_of_the_constraints():
 
 def test_what_the_readme_says_of_the_families_is_in_the_records():
     """AR(1) wins nowhere, and loses for certain with twenty and fifty latent variables."""
-    from rhovae.study.records import student_interval
+    from rhovae.study.seeds import student_interval
 
     for dataset in readme.DATASETS:
         for size in readme.SIZES:

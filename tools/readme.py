@@ -4,14 +4,8 @@ import re
 from pathlib import Path
 
 from rhovae.study.lines import read_lines
-from rhovae.study.records import (
-    by_posterior,
-    format_nats,
-    load_records,
-    paired_difference,
-    published_curves,
-    student_interval,
-)
+from rhovae.study.records import load_records, published_curves
+from rhovae.study.seeds import by_posterior, format_nats, paired_difference, student_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 # Name, data set, latent, published posterior, figure, and the script's normalisation of its losses.

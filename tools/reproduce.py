@@ -18,7 +18,8 @@ from threading import Event
 
 import notebooks
 from notebooks import NOTEBOOKS, ROOT
-from rhovae.study.records import load_records, result_table
+from rhovae.study.records import load_records
+from rhovae.study.seeds import result_table
 
 DATASETS = ("mnist", "fashion-mnist")
 TRAIN, FIGURES = "05_train.ipynb", "06_paper_figures.ipynb"

@@ -15,7 +15,8 @@ from scipy import stats
 from torch import Tensor
 
 from ..posteriors import POSTERIORS
-from .records import by_posterior, format_nats, load_records, paired_difference, student_interval
+from .records import load_records
+from .seeds import by_posterior, format_nats, paired_difference, student_interval
 
 Panels = dict[str, dict[str, list[dict]]]  # "mnist, d = 20" -> family -> a record for each seed
 

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 
-from .records import by_posterior, curve, decode_png, paired_difference, student_interval
+from .records import curve, decode_png
+from .seeds import by_posterior, paired_difference, student_interval
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart: one per posterior, everywhere.
 COLORS = {

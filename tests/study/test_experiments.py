@@ -20,16 +20,8 @@ from rhovae.study.data import to_unit_interval
 from rhovae.study.evaluation import latent_statistics
 from rhovae.study.experiments import ALL_OBJECTIVES, ALL_POSTERIORS, build_vae
 from rhovae.study.pictures import latent_map, pictures
-from rhovae.study.records import (
-    decode_png,
-    load_record,
-    load_records,
-    mean_and_standard_error,
-    paired_difference,
-    result_table,
-    save_record,
-    write_whole,
-)
+from rhovae.study.records import decode_png, load_record, load_records, save_record, write_whole
+from rhovae.study.seeds import mean_and_standard_error, paired_difference, result_table
 from rhovae.study.training import fit, pick_device, set_seed
 
 pytestmark = pytest.mark.usefixtures("float32")

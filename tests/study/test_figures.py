@@ -11,20 +11,16 @@ from scipy import stats
 from rhovae.study import figures
 from rhovae.study.data import DATA_FOLDER
 from rhovae.study.experiments import ALL_POSTERIORS
-from rhovae.study.records import (
+from rhovae.study.records import curve, decode_png, encode_png, load_records, published_curves
+from rhovae.study.released import RELEASED_POSTERIORS
+from rhovae.study.seeds import (
     agreement,
-    curve,
-    decode_png,
-    encode_png,
-    load_records,
     paired_difference,
     prediction_interval,
-    published_curves,
     published_name,
     quality_table,
     welch_interval,
 )
-from rhovae.study.released import RELEASED_POSTERIORS
 
 
 @pytest.fixture(autouse=True)
