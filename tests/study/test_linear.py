@@ -8,6 +8,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from rhovae import ar1
 from rhovae.study import load_images
+from rhovae.study.families import lowest
 from rhovae.study.linear import (
     ar1_shape,
     best_rho,
@@ -16,22 +17,6 @@ from rhovae.study.linear import (
     spectral_gap,
     trained_gap,
 )
-
-
-def minimise(loss, parameters, steps=200):
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=steps, tolerance_grad=1e-12, tolerance_change=1e-15,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return loss().item()
 
 
 def rotation(skew):
@@ -60,7 +45,7 @@ def test_the_gap_is_the_minimum_over_rotation_scale_and_rho(latent):
             shape = ar1.correlation(fisher_z.tanh(), latent)
             return rotated_kl(shape, variances, log_scale, skew)
 
-        found.append((minimise(loss, [skew, log_scale, fisher_z]), fisher_z.tanh().abs().item()))
+        found.append((lowest(loss, [skew, log_scale, fisher_z]), fisher_z.tanh().abs().item()))
     value, rho = min(found)
     expected_rho, expected = best_rho(variances)
     assert abs(value - expected) < 1e-6 and abs(rho - expected_rho) < 1e-3
@@ -144,7 +129,7 @@ def test_the_trained_gap_is_that_of_a_linear_vae_trained_by_gradients(family):
             covariance = correlation * log_variance.exp().expand(latent).diag().sum(-1)
             return linear_vae_loss(spectrum, w, v, log_noise, covariance)
 
-        value = minimise(loss, [w, v, log_noise, fisher_z, log_variance], steps=3000)
+        value = lowest(loss, [w, v, log_noise, fisher_z, log_variance])
         found.append((value - evidence.item(), fisher_z.tanh().abs().item()))
     value, found_rho = min(found)
     assert abs(value - expected) < 1e-6
