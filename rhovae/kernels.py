@@ -270,6 +270,7 @@ def _condition(inputs: Sequence[Tensor], natural: bool) -> tuple[Tensors, Tensor
 
 
 def _sizes(inputs: Sequence[Tensor]) -> tuple[int, int]:
+    """The columns of scale and of rho: 1 where the steps of a chain share one."""
     return inputs[1].shape[-1], inputs[2].shape[-1]
 
 

@@ -320,7 +320,7 @@ def condition(
             v = each_sum(at(own, there, j), each_passed(v, at(rho, there, j), at(c, there, j)))
             put(known, rows, j, w)
             put(known, others, j, v)
-        # What follows from J: 1 / D, and k and q, kept where the results will be.
+        # What follows from J: 1 / D, and k and n, kept where the results will be.
         for i in range(above, below):
             for j in range(last):
                 fresh = c[i - above, j] * c[i - above, j]
@@ -338,9 +338,9 @@ def condition(
             put(mean, rows, 0, centre)
             put(sd, rows, 0, variance)
             for j in range(last):
-                k, q = at(after_rho, rows, j), at(sd, rows, j + 1)
-                variance = each_multiply_add(variance, each_product(k, k), q)
-                centre = each_multiply_add(centre, k, each_product(q, at(pulled, rows, j + 1)))
+                k, n = at(after_rho, rows, j), at(sd, rows, j + 1)
+                variance = each_multiply_add(variance, each_product(k, k), n)
+                centre = each_multiply_add(centre, k, each_product(n, at(pulled, rows, j + 1)))
                 put(mean, rows, j + 1, centre)
                 put(sd, rows, j + 1, variance)
         for i in range(above, below):
@@ -428,12 +428,12 @@ def condition_backward(
                 variance, centre = of_weight[i, j + 1], of_value[i, j + 1]
                 of_k = of_after_rho[i, j] * over * unit + mean[i, j] * centre
                 of_k += two * r * share * unit * unit * variance
-                of_q = variance + pulled[i, j + 1] * centre
-                of_root_q = of_after_c[i, j] * over
+                of_n = variance + pulled[i, j + 1] * centre
+                of_root_n = of_after_c[i, j] * over
                 damping = one + innovation * innovation * known[i, j + 1]
-                of_share = innovation * (half * of_root_q * root * damping + of_q * innovation)
+                of_share = innovation * (half * of_root_n * root * damping + of_n * innovation)
                 of_rho[here, j] = of_k
-                of_c[here, j] = of_root_q * root + two * of_q * innovation * share
+                of_c[here, j] = of_root_n * root + two * of_n * innovation * share
                 of_scale[here, j] = of_share + of_k * r
                 spread = innovation * share * innovation * share
                 of_loc[i, j] = -spread * of_scale[here, j]

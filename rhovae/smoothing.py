@@ -53,8 +53,7 @@ def condition(
 
     rho_j, c_j, D_j, k_j and n_j belong to the step from j to j+1. J_j and H_j are what the values
     from j on say about x_j: its precision, and the precision times the mean. c is the innovation
-    scale. No term is subtracted from another, so nothing is lost
-    near |rho| = 1.
+    scale. No term is subtracted from another, so nothing is lost near |rho| = 1.
 
     Args:
         loc, scale: before, (*batch, latent), and (*batch, 1) or (*batch, latent).
