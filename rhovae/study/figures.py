@@ -138,7 +138,8 @@ def as_published_and_true(
 ) -> Figure:
     """Row one: the loss the released code reports, lines of reruns through the published dots.
 
-    Row two: the true -ELBO of our networks.
+    Last row: the true -ELBO of our networks; between the two, where there are any, that of the
+    released models.
 
     Args:
         runs: data set -> posterior -> records of our networks.
@@ -147,9 +148,12 @@ def as_published_and_true(
         released: the same as runs, of the released models; row one then shows these, and those of
             `runs` only where there are none. None where runs are the released models themselves.
     """
-    size = (4.5 * len(runs), 6.6)
-    figure, all_axes = plt.subplots(2, len(runs), figsize=size, sharex=True, squeeze=False, dpi=90)
-    for (top, bottom), (dataset, groups) in zip(all_axes.T, runs.items(), strict=True):
+    rows = 3 if released else 2
+    size = (4.5 * len(runs), 3.3 * rows)
+    figure, all_axes = plt.subplots(
+        rows, len(runs), figsize=size, sharex="col", squeeze=False, dpi=90
+    )
+    for (top, *between, bottom), (dataset, groups) in zip(all_axes.T, runs.items(), strict=True):
         models = (released or {}).get(dataset, {})
         ours = [groups.get(name, []) for name in ("diagonal", "published-script")]
         shown = [record for group in models.values() or ours for record in group]
@@ -160,11 +164,18 @@ def as_published_and_true(
         what = "as published" if released is None else "our network, reported"
         what = f"as released ({extent(shown)})" if models else what
         top.set(title=f"{dataset}: {what}", ylabel="reported test loss (nats)", xlabel="")
+        for axes in between:
+            if models:
+                loss_curves(axes, shown)
+                axes.set(title=f"{dataset}: as released, true cost", xlabel="")
+            else:
+                axes.set_axis_off()
         everything = [record for group in groups.values() for record in group]
         loss_curves(bottom, everything)
-        bottom.set(title=f"{dataset}: true cost ({extent(everything)})")
+        what = "our network, true cost" if released else "true cost"
+        bottom.set(title=f"{dataset}: {what} ({extent(everything)})")
     all_axes[0, 0].legend()
-    all_axes[1, 0].legend()
+    all_axes[-1, 0].legend()
     return figure
 
 
