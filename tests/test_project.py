@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -245,6 +246,20 @@ def test_what_the_readme_says_of_the_published_losses_is_in_the_table():
     true = [float(row[2]) for row in rows]
     assert all(vae < rho for vae, rho in zip(true[::2], true[1::2], strict=True)), "worse"
     assert "13 to 21 nats below the usual" in (ROOT / "README.md").read_text()
+
+
+def test_what_the_readme_says_of_the_jacobians_is_in_the_record():
+    """A correlation of 0.99 over 42 prices, predicted by one Jacobian an image and measured."""
+    lines = (ROOT / "data" / "results" / "jacobians.jsonl").read_text().splitlines()
+    predicted, measured = [], []
+    for result in (json.loads(line)["result"] for line in lines):
+        for name, entry in result["predicted"]["mean"].items():
+            predicted.append(entry["cost"][0])
+            measured.append(result["measured"][name]["cost"][0])
+    assert len(predicted) == 42
+    assert f"{statistics.correlation(predicted, measured):.2f}" == "0.99"
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "with a correlation of 0.99 over 42 prices" in text
 
 
 def test_what_the_readme_says_of_time_is_in_the_records():

@@ -5,9 +5,10 @@ A panel is one data set and one latent dimension, with the runs of every family.
 compared with the diagonal one, seed by seed, and many comparisons are counted together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from .records import load_records
 from .seeds import by_posterior, format_nats, paired_difference, student_interval
 
 Panels = dict[str, dict[str, list[dict]]]  # "mnist, d = 20" -> family -> a record for each seed
+
+Comparison = tuple[str, str, str]  # panel, family, measure
+Key = TypeVar("Key", bound=Hashable)
 
 MEASURES: dict[str, Callable[[dict], float]] = {
     "−ELBO": lambda r: r["test"]["negative_elbo"],
@@ -52,19 +56,26 @@ def lowest(loss: Callable[[], Tensor], parameters: list[Tensor]) -> float:
     return loss().item()
 
 
-def panels(folder: str | Path, sizes: tuple[int, ...]) -> Panels:
+def panels(
+    folder: str | Path, sizes: tuple[int, ...], names: Sequence[str] = tuple(POSTERIORS)
+) -> Panels:
     """The runs on the full sets, by panel, of the seeds that all families have.
 
     A panel that lacks a family, or has fewer than two common seeds, is left out.
+
+    Args:
+        folder: of records.
+        sizes: latent dimensions.
+        names: the families, all that the folder has.
     """
     found: Panels = {}
     for dataset, size in product(("mnist", "fashion-mnist"), sizes):
         runs = load_records(folder, source="full", dataset=dataset, latent=size)
         seeds = [{r["experiment"]["seed"] for r in g} for g in by_posterior(runs).values()]
-        shared = set.intersection(*seeds) if len(seeds) == len(POSTERIORS) else set()
+        shared = set.intersection(*seeds) if len(seeds) == len(names) else set()
         groups = by_posterior([r for r in runs if r["experiment"]["seed"] in shared])
         if len(shared) > 1:
-            found[f"{dataset}, d = {size}"] = {name: groups[name] for name in POSTERIORS}
+            found[f"{dataset}, d = {size}"] = {name: groups[name] for name in names}
     return found
 
 
@@ -74,24 +85,36 @@ def difference(ones: list[dict], others: list[dict], value) -> tuple[float, floa
     return (float(found.mean()), *student_interval(found))
 
 
-def holding(found: Panels) -> dict[tuple[str, str, str], int]:
-    """(panel, family, measure) -> sign of the differences that hold together, else 0.
+def comparisons(found: Panels, against: str = "diagonal") -> dict[Comparison, np.ndarray]:
+    """(panel, family, measure) -> the differences of a family from one of them, seed by seed."""
+    return {
+        (title, name, measure): paired_difference(groups[name], groups[against], value)
+        for title, groups in found.items()
+        for name, (measure, value) in product(groups, MEASURES.items())
+        if name != against
+    }
+
+
+def together(differences: dict[Key, np.ndarray]) -> dict[Key, int]:
+    """The sign of each mean that holds, counted together with all others here, else 0.
 
     By Student's test for each, at a false discovery rate of 5 % over all (Benjamini and Hochberg
     1995).
+
+    Args:
+        differences: what is compared -> a number for each seed.
     """
-    keys = [(title, name, measure) for title, groups in found.items()
-            for name, measure in product(groups, MEASURES) if name != "diagonal"]  # fmt: skip
-    pairs = [
-        paired_difference(found[title][name], found[title]["diagonal"], MEASURES[measure])
-        for title, name, measure in keys
-    ]
-    p = [stats.ttest_1samp(pair, 0).pvalue for pair in pairs]
+    p = [stats.ttest_1samp(pair, 0).pvalue for pair in differences.values()]
     holds = stats.false_discovery_control(p) < 0.05
     return {
         key: int(np.sign(pair.mean())) * int(h)
-        for key, pair, h in zip(keys, pairs, holds, strict=True)
+        for (key, pair), h in zip(differences.items(), holds, strict=True)
     }
+
+
+def holding(found: Panels) -> dict[Comparison, int]:
+    """(panel, family, measure) -> sign of what holds against the diagonal family, else 0."""
+    return together(comparisons(found))
 
 
 def family_table(found: Panels) -> str:
@@ -105,17 +128,23 @@ def family_table(found: Panels) -> str:
     return "\n".join(lines)
 
 
-def difference_table(found: Panels, predicted: dict[tuple[str, str], float] | None = None) -> str:
+def difference_table(
+    found: Panels,
+    predicted: dict[tuple[str, str], float] | None = None,
+    signs: dict[Comparison, int] | None = None,
+) -> str:
     """Markdown table: each family minus the diagonal one, with intervals; bold where it holds.
 
     Args:
+        found: what is shown.
         predicted: (panel, family) -> nats, for a last column.
+        signs: what holds, by `together`; without it, by `holding` over these panels alone.
     """
     predicted = predicted or {}
     lines = ["| data | family | seeds | −ELBO | IWAE-NLL | Theorem 2 |", "|---" * 6 + "|"]
     if not predicted:
         lines = ["| data | family | seeds | −ELBO | IWAE-NLL |", "|---" * 5 + "|"]
-    signs = holding(found)
+    signs = holding(found) if signs is None else signs
     for title, groups in found.items():
         for name in [name for name in groups if name != "diagonal"]:
             cells = [title, name, str(len(groups[name]))]

@@ -2,7 +2,7 @@
 
 At z the decoder has logits f(z) with Jacobian J and pixels p = sigmoid(f). To second order
 
-    -log p(x, z)  has the Hessian  Lambda = I + J^T W J,    W = diag(p (1 - p)),
+    -log p(x, z)  has the Hessian  Lambda = I + J^T W J,    W = diag(p (1 - p)),    (12.3)
 
 up to a term in the second derivatives of f, which are zero almost everywhere for a decoder of
 linear layers and ReLU. So near z the posterior is N(., Lambda^-1), for which `prices` has what each
@@ -44,7 +44,7 @@ from .training import set_seed
 
 
 def local_precision(decoder: nn.Module, z: Tensor, chunk: int = 100) -> Tensor:
-    """Lambda = I + J^T diag(p (1 - p)) J at each z.
+    """Lambda = I + J^T diag(p (1 - p)) J at each z.    (12.3), notebooks/12
 
     Args:
         decoder: (batch, latent) -> logits (batch, *image_shape), of the dtype of z.

@@ -3,6 +3,7 @@
 Where the posterior of an image is N(., Lambda^-1), a family pays
 
     min over its S of KL(N(0, S) || N(0, Lambda^-1)) = 1/2 (tr Lambda S - d - log det Lambda S).
+                                                                  (12.4), notebooks/12
 
 One rotation Q of the latent space for all images, which any decoder may choose, turns every Lambda
 into Q^T Lambda Q. What the diagonal family then pays is the criterion by which Pham (2001)
@@ -42,7 +43,10 @@ def isotropic_price(precision: Tensor) -> Tensor:
 
 
 def diagonal_price(precision: Tensor) -> Tensor:
-    """1/2 (sum_j log Lambda_jj - log det Lambda): the best S_jj is 1 / Lambda_jj. Nats, (...,)."""
+    """1/2 (sum_j log Lambda_jj - log det Lambda): the best S_jj is 1 / Lambda_jj. Nats, (...,).
+
+    (12.5), notebooks/12
+    """
     return 0.5 * (precision.diagonal(dim1=-2, dim2=-1).log().sum(-1) - log_det(precision))
 
 
@@ -289,7 +293,7 @@ def best_rotation(
     rounds: int = 4,
     seed: int = 0,
 ) -> tuple[Tensor, float, list[float]]:
-    """min over rotations Q of the mean of price(Q^T Lambda Q): for all images one Q.
+    """min over rotations Q of the mean of price(Q^T Lambda Q): for all images one Q.    (12.6)
 
     For `diagonal_price` this is Pham's (2001) criterion over orthogonal matrices. L-BFGS over
     Q exp(A - A^T), from the identity, from the eigenvectors of the mean of Lambda, and from random

@@ -53,6 +53,16 @@ def test_a_panel_has_the_seeds_that_all_families_have(tmp_path):
     assert families.panels(tmp_path, (20,)) == {}
 
 
+def test_a_panel_may_have_fewer_families(tmp_path):
+    names = ("diagonal", "ar1")
+    for name, seed in [(name, seed) for name in names for seed in range(2)]:
+        made = record("mnist", name, seed, 100.0, latent=25)
+        (tmp_path / f"{made['name']}.json").write_text(json.dumps(made))
+    assert list(families.panels(tmp_path, (25,), names)["mnist, d = 25"]) == list(names)
+    assert families.panels(tmp_path, (25,)) == {}
+    assert families.panels(tmp_path, (25,), (*names, "full")) == {}
+
+
 def test_a_difference_is_that_of_each_seed():
     ones = [record("mnist", "ar1", seed, 100.0 + seed + gap) for seed, gap in enumerate((1, 2, 3))]
     others = [record("mnist", "diagonal", seed, 100.0 + seed) for seed in (2, 1, 0)]
@@ -83,6 +93,23 @@ def test_what_holds_is_what_benjamini_and_hochberg_keep():
     assert len(signs) == 2 * (len(POSTERIORS) - 1), "the diagonal one is what they are held against"
 
 
+def test_comparisons_of_several_kinds_are_counted_together():
+    """A difference may hold among a few, and no longer among many that are nothing."""
+    alone = {"mnist, d = 20": panel({"ar1": 0.3})}
+    pairs = families.comparisons(alone)
+    assert families.together(pairs) == families.holding(alone)
+    found = {key: pair for key, pair in pairs.items() if key[1] == "ar1"}
+    assert families.together(found)["mnist, d = 20", "ar1", "−ELBO"] == 1
+    nothing = {("none", k): np.array([-1.0, 0.0, 1.0]) for k in range(200)}
+    assert not any(families.together(found | nothing).values())
+    against = families.comparisons(alone, against="full")
+    elbo = families.MEASURES["−ELBO"]
+    expected = [elbo(a) - elbo(b) for a, b in zip(*(alone["mnist, d = 20"][n] for n in
+                ("ar1", "full")), strict=True)]  # fmt: skip
+    assert against["mnist, d = 20", "ar1", "−ELBO"].tolist() == expected
+    assert not [key for key in against if key[1] == "full"]
+
+
 def test_the_tables_have_a_row_for_each_family_and_mark_what_holds():
     found = {"mnist, d = 20": panel({"ar1": 2.0})}
     lines = families.family_table(found).splitlines()
@@ -96,6 +123,8 @@ def test_the_tables_have_a_row_for_each_family_and_mark_what_holds():
     assert row.count("**+") == 2 and row.endswith("| 1.25 |")
     (row,) = [line for line in plain if "| low-rank |" in line]
     assert "**" not in row
+    none = dict.fromkeys(families.holding(found), 0)
+    assert "**" not in families.difference_table(found, signs=none)
 
 
 def test_the_lowest_value_is_found_and_the_parameters_are_there():

@@ -30,8 +30,8 @@ FIGURES = ("04_decomposition", "06_figure_1_full", "06_figure_2_mnist_full",
 
 
 UNFINISHED = {"smoke", "corrected", "released"}
-FAMILIES = ("families", "gaps", "rows")
-UNFINISHED |= {"active", "anchor", "fair", "flows", "long", "rates"}
+FAMILIES = ("families", "gaps", "rows", "active")
+UNFINISHED |= {"anchor", "fair", "flows", "long", "rates"}
 SEEDS_THERE = {  # of grids that were widened; the seeds beyond are still to be run
     "families": lambda experiment: 5 if experiment.latent in (5, 20) else 3,
     "gaps": lambda experiment: 1,
@@ -139,7 +139,7 @@ def test_the_committed_records_are_those_of_the_grid(tmp_path, planned):
     results = ROOT / "data" / "results"
     jobs, _ = planned(tmp_path, results=results, figures=tmp_path / "figures")
     assert "experiment" not in jobs
-    beyond = dict(grids="families,gaps,rows", results=results, figures=tmp_path / "figures")
+    beyond = dict(grids=",".join(FAMILIES), results=results, figures=tmp_path / "figures")
     paths = [results / g / f"{e.name}.json" for g in FAMILIES for e in grids.GRIDS[g]()]
     missing = [path for path in paths if not path.is_file()]
     expected = {"family_figures": 1} | ({"experiment": len(missing)} if missing else {})

@@ -30,7 +30,7 @@ def best_of_a_head(name, exact, starts=6):
             for weight in weights:
                 weight.normal_(0, 0.7)
         optimizer = torch.optim.LBFGS(
-            weights, max_iter=800, tolerance_grad=1e-10, tolerance_change=1e-14,
+            weights, max_iter=300, tolerance_grad=1e-10, tolerance_change=1e-14,
             line_search_fn="strong_wolfe",
         )  # fmt: skip
 
