@@ -172,7 +172,7 @@ def as_published_and_true(
                 axes.set_axis_off()
         everything = [record for group in groups.values() for record in group]
         loss_curves(bottom, everything)
-        what = "our network, true cost" if released else "true cost"
+        what = "ours, true cost" if released else "true cost"
         bottom.set(title=f"{dataset}: {what} ({extent(everything)})")
     all_axes[0, 0].legend()
     all_axes[-1, 0].legend()

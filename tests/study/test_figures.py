@@ -219,7 +219,7 @@ def test_row_one_shows_the_released_models_where_there_are_any():
     (alone,) = (axes for axes in figures.as_published_and_true({"mnist": ours}, dots).axes[:1])
     assert alone.get_title() == "mnist: as published"
     bottoms = [axes.get_title() for axes in figure.axes if "ELBO" in axes.get_ylabel()]
-    expected = [f"{name}: our network, true cost (epochs: 2, seeds: 1)" for name in runs]
+    expected = [f"{name}: ours, true cost (epochs: 2, seeds: 1)" for name in runs]
     assert bottoms == ["mnist: as released, true cost", *expected]
 
 
