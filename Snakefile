@@ -2,7 +2,7 @@
 #
 #     snakemake --cores 2                                        everything, into runs/full
 #     snakemake --cores 2 --config grids=convolutional           a part
-#     snakemake --cores 2 --config grids=families,gaps,rows,active     notebooks 12 and 13, hours
+#     snakemake --cores 2 --config grids=families,gaps,rows,active,flows     notebooks 12 and 13, hours
 #     snakemake --cores 2 --config results=data/results figures=figures       what is committed
 #     snakemake --workflow-profile profiles/slurm                on a cluster
 #
@@ -55,7 +55,7 @@ ALL = records(*CHOSEN)
 ALL += PAPER_FIGURES if "audit" in CHOSEN else []
 OF_AUDIT = ("audit", "control", "control_script")
 ALL += [f"{FIGURES}/04_decomposition.svg"] if set(OF_AUDIT) <= set(CHOSEN) else []
-FAMILIES = ("families", "gaps", "rows", "active")
+FAMILIES = ("families", "gaps", "rows", "active", "flows")
 ALL += [f"{FIGURES}/12_recommendation.svg"] if set(FAMILIES) <= set(CHOSEN) else []
 
 
