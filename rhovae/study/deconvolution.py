@@ -18,6 +18,7 @@ from ..distribution import AR1Normal
 from ..objectives import standard_normal_like
 from ..posteriors import POSTERIORS
 from .data import require_known
+from .prices import diagonal_price
 
 LENGTH = 32
 TAPS = (0.6, 0.4)
@@ -99,12 +100,6 @@ def negative_elbo(q: Distribution, weight: Tensor, data: Measurements) -> Tensor
     fit = (residual.square() + data.mask * spread).sum(-1) / NOISE
     constant = data.mask.sum(-1) * math.log(2 * math.pi * NOISE)
     return 0.5 * (fit + constant) + kl_divergence(q, standard_normal_like(q.mean))
-
-
-def diagonal_price(precision: Tensor) -> Tensor:
-    """KL to the exact posterior of the best diagonal normal, nats, (...).  (11.5), notebooks/11"""
-    diagonal = precision.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return 0.5 * (diagonal - _log_det(torch.linalg.cholesky(precision)))
 
 
 def expected_excess(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

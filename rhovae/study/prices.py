@@ -45,7 +45,7 @@ def isotropic_price(precision: Tensor) -> Tensor:
 def diagonal_price(precision: Tensor) -> Tensor:
     """1/2 (sum_j log Lambda_jj - log det Lambda): the best S_jj is 1 / Lambda_jj. Nats, (...,).
 
-    (12.5), notebooks/12
+    (11.5), notebooks/11; (12.5), notebooks/12
     """
     return 0.5 * (precision.diagonal(dim1=-2, dim2=-1).log().sum(-1) - log_det(precision))
 

@@ -22,7 +22,6 @@ from rhovae.study.deconvolution import (
     Measurements,
     blur,
     decoder_price,
-    diagonal_price,
     exact_posterior,
     expected_excess,
     measure,
@@ -32,6 +31,7 @@ from rhovae.study.deconvolution import (
     train,
 )
 from rhovae.study.lines import read_lines
+from rhovae.study.prices import diagonal_price
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 runner = importlib.import_module("time_deconvolution")
