@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-from benchmark import clock, conditioning, densities, draws, scans
+from benchmark import clock, conditioning, densities, draws, scans, training
 
 
 def values_and_gradients(function, inputs):
@@ -72,6 +72,15 @@ def test_every_candidate_is_measured(make, latent):
     assert ("dense Cholesky factor" in times) == (make is draws.functions and latent <= 64)
     for t in times.values():
         assert t["turns"] == 7 and 0 < t["best"] <= t["median"]
+
+
+@pytest.mark.usefixtures("float32")
+def test_either_layout_gives_the_same_steps():
+    losses = []
+    for step in training.layouts("cnn").values():
+        torch.manual_seed(6)
+        losses.append(torch.cat([step() for _ in range(3)])[:, 0])
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
 
 
 def test_sizes_that_suit_an_fft_have_no_other_factors():

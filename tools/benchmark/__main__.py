@@ -40,6 +40,9 @@ def comparisons(folder: str) -> Iterator[tuple[dict, Callable[[], clock.Calls]]]
     for latent in (5, 20, 64):
         label = {"what": "training", "batch": 128, "latent": latent, "steps": training.STEPS}
         yield label, partial(training.steps, latent, latent == 20, folder)
+    for architecture in ("cnn", "dcgan", "beta_cnn"):
+        label = {"what": "layout", "batch": 128, "latent": 10, "network": architecture}
+        yield label, partial(training.layouts, architecture)
     yield {"what": "optimizer", "batch": 128, "latent": 20}, training.optimizers
     yield {"what": "likelihood", "batch": 128}, training.likelihoods
     yield {"what": "limits"}, scans.limits

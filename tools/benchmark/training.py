@@ -180,6 +180,20 @@ def optimizers() -> Calls:
     return calls
 
 
+def layouts(architecture: str) -> Calls:
+    """A step of 128 images of a convolutional rho-VAE, its weights in either layout of memory."""
+    size = 64 if architecture == "beta_cnn" else 28
+    images = torch.randint(0, 256, (128, 1, size, size), dtype=torch.uint8)
+    experiment = Experiment("mnist", architecture=architecture, latent=10, image_size=size)
+    calls = {}
+    for name in ("contiguous_format", "channels_last"):
+        vae = build_vae(experiment, (1, size, size)).to(memory_format=getattr(torch, name))
+        optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
+        loss = batch_loss(vae, negative_elbo)
+        calls[name] = partial(train_epoch, vae, images, loss, optimizer, 128)
+    return calls
+
+
 @torch.no_grad()
 def likelihoods(draws: int = 40) -> Calls:
     """-log p(x|z) of draws of a batch, as in training and as in the importance-weighted bound."""
