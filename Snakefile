@@ -56,7 +56,7 @@ ALL += PAPER_FIGURES if "audit" in CHOSEN else []
 OF_AUDIT = ("audit", "control", "control_script")
 ALL += [f"{FIGURES}/04_decomposition.svg"] if set(OF_AUDIT) <= set(CHOSEN) else []
 FAMILIES = ("families", "gaps", "rows", "active", "flows")
-ALL += [f"{FIGURES}/12_recommendation.svg"] if set(FAMILIES) <= set(CHOSEN) else []
+ALL += [f"{FIGURES}/12_families.svg"] if set(FAMILIES) <= set(CHOSEN) else []
 
 
 wildcard_constraints:
@@ -135,7 +135,7 @@ rule family_figures:
     input:
         records(*FAMILIES),
     output:
-        f"{FIGURES}/12_recommendation.svg",
+        f"{FIGURES}/12_families.svg",
     log:
         f"{RUNS}/notebooks/12_trained_posteriors.ipynb",
     params:
