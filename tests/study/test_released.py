@@ -212,7 +212,9 @@ def test_forward_draw_and_loss_are_those_of_the_class(posterior, narrow):
     torch.testing.assert_close(ours, z, **exact)
     torch.testing.assert_close(logits.sigmoid(), x_hat, **exact)
     terms = build_objective(experiment(posterior))(q, ours, logits, x)
-    torch.testing.assert_close(terms.loss.sum(), total, **exact)
+    # The code's 1 - rho^2 has few digits left where rho is near 1, as it can be in this network.
+    close = dict(rtol=1e-5, atol=0) if posterior == "released-rho-cnn" else exact
+    torch.testing.assert_close(terms.loss.sum(), total, **close)
     # The gradients are those of the code too: nothing is detached, or clamped on another side.
     weights = list(vae.parameters())
     expected, found = (torch.autograd.grad(loss, weights) for loss in (total, terms.loss.sum()))
