@@ -8,6 +8,7 @@ transforms, torch.compile and second derivatives, takes the scan of `ar1`, silen
 same numbers to rounding. CUDA has kernels of its own, in `gpu`, for those who ask for them: `use`.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ar1
 
@@ -241,6 +243,8 @@ class _Condition(torch.autograd.Function):
     def forward(ctx: Any, by_scan: Callable[..., Tensors], natural: bool, *inputs: Any) -> Tensors:
         ctx.by_scan, ctx.natural = by_scan, natural
         inner, outer = _condition(inputs, natural)
+        if not any(ctx.needs_input_grad[3:7]):  # the covariance follows neither loc nor value
+            ctx.mark_non_differentiable(*outer[1:])
         ctx.save_for_backward(*inputs, *inner, *outer[1:])
         return outer
 
@@ -282,7 +286,10 @@ def _backward_by_scan(
         inputs = [t if t is None else t.view_as(t) for t in inputs]
         chosen = [t for t, need in zip(inputs, needed, strict=True) if need]
         results = function(*inputs)
-        found = iter(torch.autograd.grad(results, chosen, gradients, create_graph=True))
+        results = (results,) if isinstance(results, Tensor) else results
+        pairs = zip(results, gradients, strict=True)
+        outputs, seeds = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        found = iter(torch.autograd.grad(outputs, chosen, seeds, create_graph=True))
     return tuple(next(found) if need else None for need in needed)
 
 
@@ -358,6 +365,7 @@ def _readable(*tensors: Tensor, on: torch.device | None = None) -> bool:
             return False
     return not (
         torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
     )
@@ -368,10 +376,16 @@ def _loops() -> Any:
     """The module of compiled loops; None without numba, or where numba is told not to compile."""
     try:
         import numba
-
-        from . import loops
-    except ModuleNotFoundError as error:
-        if error.name != "numba":
-            raise
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError):
+            warnings.warn(
+                f"numba is installed but cannot be imported, so draws take the scan: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return None
-    return None if vars(numba.config)["DISABLE_JIT"] else loops
+    if vars(numba.config)["DISABLE_JIT"]:
+        return None
+    from . import loops
+
+    return loops
