@@ -1,6 +1,10 @@
-"""KL divergences between AR1Normal and the normals of torch, registered when rhovae is imported."""
+"""KL divergences between AR1Normal and the normals of torch, registered when rhovae is imported.
+
+With them come those of dense normals to a diagonal one, which torch lacks and the heads need.
+"""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +26,26 @@ def _kl_ar1normal_ar1normal(q: AR1Normal, p: AR1Normal) -> Tensor:
     """KL(q || p) in O(d): p's innovations, seen through q.                    (2.5), notebooks/02
 
     In p's units, q is the chain y_j = w_j x_j with w = q.scale / p.scale, and p whitens y_j to
-    (y_j - r_p y_{j-1}) / c_p. Its second moment under q, a sum of squares, is what the trace adds.
+    (y_j - r_p y_{j-1}) / c_p. Its second moment under q has a part that q carries over and one that
+    is fresh. Each step is a KL for itself, at least 0, and determinants, which are large where a
+    divergence may be small, are never subtracted.
     """
     _check_same_event(q, p)
     w = q.stddev / p.stddev
     carried = (w[..., 1:] * q.rho - w[..., :-1] * p.rho) / p._innovation
     fresh = w[..., 1:] * q._innovation / p._innovation
-    trace = w[..., 0].square() + (carried.square() + fresh.square()).sum(-1)
+    # Where q's innovation scale is too small for its type, its logarithm is not.
+    told = fresh > torch.finfo(fresh.dtype).tiny
+    apart = w[..., 1:].log() + (q._log_steps - p._log_steps) / 2
+    log = torch.where(told, torch.where(told, fresh, 1).log(), apart)
     shift = p._whiten((q.loc - p.loc) / p.scale).square().sum(-1)
-    return 0.5 * (trace + shift - q._latent) + p._half_log_det - q._half_log_det
+    steps = (carried.square() + _kl_of_scale(log)).sum(-1)
+    return 0.5 * (_kl_of_scale(w[..., 0].log()) + steps + shift)
+
+
+def _kl_of_scale(log: Tensor) -> Tensor:
+    """r^2 - 1 - 2 log r, at least 0, from log r; to more digits than from r where r is near 1."""
+    return torch.expm1(2 * log) - 2 * log
 
 
 @register_kl(AR1Normal, Independent)
@@ -51,14 +66,16 @@ def _kl_independent_ar1normal(q: Independent, p: AR1Normal) -> Tensor:
 
 
 @register_kl(AR1Normal, MultivariateNormal)
-def _kl_ar1normal_multivariatenormal(q: AR1Normal, p: MultivariateNormal) -> Tensor:
+@register_kl(AR1Normal, LowRankMultivariateNormal)
+def _kl_ar1normal_dense(q: AR1Normal, p: Distribution) -> Tensor:
     _check_same_event(q, p)
     dense = MultivariateNormal(q.loc, scale_tril=q.scale_tril, validate_args=False)
     return kl_divergence(dense, p)
 
 
 @register_kl(MultivariateNormal, AR1Normal)
-def _kl_multivariatenormal_ar1normal(q: MultivariateNormal, p: AR1Normal) -> Tensor:
+@register_kl(LowRankMultivariateNormal, AR1Normal)
+def _kl_dense_ar1normal(q: Any, p: AR1Normal) -> Tensor:
     """KL(q || p) in O(d^2): the trace is the squared norm of q's whitened Cholesky factor."""
     _check_same_event(q, p)
     columns = (q.scale_tril / p.stddev.unsqueeze(-1)).mT

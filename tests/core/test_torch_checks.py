@@ -8,7 +8,13 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import (
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
 from torch.distributions.kl import _KL_REGISTRY
 
 from rhovae import AR1Normal
@@ -117,13 +123,17 @@ def partners(d=4):
     other = AR1Normal(torch.randn(d), 1.5, rho=-0.4)
     diagonal = Independent(Normal(torch.randn(3, d), 0.5 + torch.rand(3, d)), 1)
     dense = MultivariateNormal(torch.randn(d), torch.eye(d) + 0.5 * torch.ones(d, d))
-    return {"AR1Normal": (ours, other), "diagonal": (ours, diagonal), "dense": (ours, dense)}
+    low_rank = LowRankMultivariateNormal(torch.randn(d), torch.randn(d, 1), 0.5 + torch.rand(d))
+    return {
+        "AR1Normal": (ours, other), "diagonal": (ours, diagonal), "dense": (ours, dense),
+        "low-rank": (ours, low_rank),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("pair", ["AR1Normal", "diagonal", "dense"])
+@pytest.mark.parametrize("pair", ["AR1Normal", "diagonal", "dense", "low-rank"])
 @pytest.mark.parametrize("turned", [False, True])
 def test_kl_shapes_and_monte_carlo(pair, turned, draws=100_000):
-    """Three comparisons with 6e-7 each."""
+    """Four pairs, three comparisons with 6e-7 each."""
     p, q = partners()[pair][:: -1 if turned else 1]
     kl = kl_divergence(p, q)
     assert kl.shape == torch.broadcast_shapes(p.batch_shape, q.batch_shape) == (3,)
@@ -139,4 +149,5 @@ def test_every_kl_with_ours_is_compared_with_monte_carlo():
         ("AR1Normal", "AR1Normal"),
         ("AR1Normal", "Independent"), ("Independent", "AR1Normal"),
         ("AR1Normal", "MultivariateNormal"), ("MultivariateNormal", "AR1Normal"),
+        ("AR1Normal", "LowRankMultivariateNormal"), ("LowRankMultivariateNormal", "AR1Normal"),
     }  # fmt: skip
