@@ -7,6 +7,7 @@ and a KL divergence has one number per channel, shape (*batch, C): sum over the 
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class AR1Prior(nn.Module):
         learn_scale: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(channels, int) or channels < 1:
+        if not isinstance(channels, int | Integral) or channels < 1:
             raise ValueError(f"AR1Prior: channels is {channels!r}; it must be an integer >= 1.")
         self.channels = channels
         start = _per_channel("time_constant", time_constant, channels, spread=True).log()
@@ -108,12 +109,14 @@ class AR1Prior(nn.Module):
             ValueError: both or neither are given, or times that do not increase.
         """
         elapsed, count = self._elapsed(steps, times)
-        return self.distribution(
+        p = self.distribution(
             self.log_scale.new_zeros(count),
             self.scale.unsqueeze(-1),
             fisher_z=self._fisher_z(elapsed),
-            validate_args=False,
+            validate_args=False,  # these are right by construction; what comes later may not be
         )
+        p._validate_args = AR1Normal._validate_args and not torch.compiler.is_compiling()
+        return p
 
     def extend(
         self, q: AR1Normal, steps: int | None = None, *, times: Tensor | None = None
@@ -152,11 +155,11 @@ class AR1Prior(nn.Module):
         rho, innovation, _ = ar1.from_fisher_z(self._fisher_z(elapsed))
         fisher_z = torch.asinh(rho / innovation * stddev[..., :-1] / scale)
         inside = q.fisher_z.expand(*q.batch_shape, q.event_shape[0] - 1)
-        return type(q)(
-            _join(q.loc, mean),
-            _join(q.stddev, stddev[..., 1:]),
+        return q._remade(
+            torch.broadcast_shapes(q.batch_shape, fisher_z.shape[:-1]),
+            loc=_join(q.loc, mean),
+            scale=_join(q.stddev, stddev[..., 1:]),
             fisher_z=_join(inside, fisher_z),
-            validate_args=False,
         )
 
     def _fisher_z(self, elapsed: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ class AR1Prior(nn.Module):
         if (steps is None) == (times is None):
             raise ValueError("AR1Prior needs either steps or times, and not both.")
         if times is None:
-            if not isinstance(steps, int) or steps < 1:
+            if not isinstance(steps, int | Integral) or steps < 1:
                 raise ValueError(
                     f"AR1Prior: steps is {steps!r}; it must be an integer >= 1. For times that are "
                     "not 1 apart, pass times=."

@@ -1,12 +1,16 @@
 """AR1Normal, a multivariate normal whose correlations decay along a chain."""
 
 import math
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
     Distribution,
+    SigmoidTransform,
     biject_to,
     constraints,
     transform_to,
@@ -31,7 +35,33 @@ class _OpenInterval(constraints.interval):
 @biject_to.register(_OpenInterval)
 @transform_to.register(_OpenInterval)
 def _to_open_interval(constraint: _OpenInterval) -> Transform:
-    return biject_to(constraints.interval(constraint.lower_bound, constraint.upper_bound))
+    low, high = constraint.lower_bound, constraint.upper_bound
+    return ComposeTransform([SigmoidTransform(), _AffineBetween(low, high - low)])
+
+
+class _AffineBetween(AffineTransform):
+    """From (0, 1) to (loc, loc + scale), where rounding would otherwise reach a bound."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        low, high = (x.new_tensor(bound) for bound in (self.loc, self.loc + self.scale))
+        inside = low.nextafter(high), high.nextafter(low)
+        return super()._call(x).clamp(*inside)
+
+
+class _lazy_property(lazy_property):
+    """torch's, which keeps what it has computed, but not where this would outlive its meaning.
+
+    What a function transform or inference mode computes is of no use to autograd afterwards.
+    """
+
+    def __get__(self, instance: Any, obj_type: Any = None) -> Any:
+        if instance is None or torch.compiler.is_compiling() or not _transient():
+            return super().__get__(instance, obj_type)
+        return self.wrapped(instance)
+
+
+def _transient() -> bool:
+    return torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled()
 
 
 class AR1Normal(Distribution):
@@ -43,10 +73,13 @@ class AR1Normal(Distribution):
 
     so that Cov(z_i, z_j) = scale_i scale_j rho^|i-j|. One shared `scale` and one shared `rho` give
     the posterior of rho-VAE, with s = scale^2; per-dimension scales and per-step correlations give
-    the general Gauss-Markov chain; rho = 0 the diagonal normal. Sampling costs O(d log d) at depth
-    O(log d), everything else O(d), except the dense matrices, which are formed only when asked for.
+    the general Gauss-Markov chain; rho = 0 the diagonal normal. Sampling and conditioning cost
+    O(d log d) at depth O(log d), or O(d) where they are compiled (`kernels`), everything else O(d),
+    except the dense matrices, which are formed only when asked for. Derivatives are those of
+    reverse mode, of any order; forward mode is refused.
     What follows from the parameters is computed once and kept, with its graph, as in torch's own:
-    after a parameter has changed in place (a step of an optimiser), make a new instance.
+    after a parameter has changed in place (a step of an optimiser), make a new instance. Copies
+    hold the parameters alone.
 
     Along time, note that `scale` is the marginal standard deviation of each variable, not that of
     an innovation, and rho a correlation, not the coefficient of a transition:
@@ -97,7 +130,7 @@ class AR1Normal(Distribution):
 
     loc: Tensor
     scale: Tensor
-    _given: str
+    _given: tuple[str, ...]  # what all but loc and scale follows from; a posterior has two of them
 
     def __init__(
         self,
@@ -121,7 +154,7 @@ class AR1Normal(Distribution):
             batch_shape = _check_batches(**parameters)
             parameters = {k: value.expand(*batch_shape, -1) for k, value in parameters.items()}
         self.__dict__.update(parameters)
-        self._given = name
+        self._given = (name,)
         super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
         self._validate_args = (
             Distribution._validate_args if validate_args is None else validate_args
@@ -158,6 +191,8 @@ class AR1Normal(Distribution):
         _check_batches(loc=loc, diagonal=diagonal, off_diagonal=off_diagonal)
         chain, pivots = smoothing.from_precision(diagonal, off_diagonal)
         if Distribution._validate_args if validate_args is None else validate_args:
+            for name, value in (("diagonal", diagonal), ("off_diagonal", off_diagonal)):
+                _check_entries(name, value, value.isfinite(), "must be finite numbers")
             valid = (pivots > 0).all(-1)
             if not valid.all():
                 raise ValueError(
@@ -198,6 +233,8 @@ class AR1Normal(Distribution):
         if Distribution._validate_args if validate_args is None else validate_args:
             for name, value in (("scale_first", first), ("innovation_scale", innovation)):
                 _check_entries(name, value, value > 0, "must be positive standard deviations")
+            finite = coefficient.isfinite()
+            _check_entries("coefficient", coefficient, finite, "must be finite numbers")
         innovation = innovation.expand(*innovation.shape[:-1], steps)
         chain = smoothing.from_transitions(first, coefficient, innovation)
         return cls(loc, 1.0, rho=0.0, validate_args=validate_args)._with_chain(loc, chain)
@@ -214,61 +251,74 @@ class AR1Normal(Distribution):
                 continue
             value = self.__dict__[name]
             entries: Any = self.arg_constraints[name]
-            _check_entries(name, value, entries.base_constraint.check(value), remedy)
+            each = getattr(entries, "base_constraint", entries)  # which a subclass may change
+            _check_entries(name, value, each.check(value), remedy)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> "Self":
-        if self._given in self.__dict__:
-            known = {self._given: self.__dict__[self._given]}
-        else:
-            known = {"rho": self.rho, "_innovation": self._innovation}
-        return self._remade(batch_shape, _instance, loc=self.loc, scale=self.scale, **known)
+        return self._remade(batch_shape, _instance, **self._parameters())
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: self.__dict__[name] for name in ("loc", "scale", *self._given)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What follows from the parameters would be cut off from those of the copy.
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name in self._given
+            or not isinstance(getattr_static(type(self), name, None), _lazy_property)
+        }
 
     def _remade(self, batch_shape: _size, _instance: Any = None, **known: Tensor) -> "Self":
-        """One of this class with these numbers: loc, scale, and what was given or _innovation."""
+        """One of this class with these parameters: loc, scale, and either rho, fisher_z, or rho and
+        the _innovation of a posterior, which holds the digits that a rho near 1 has lost."""
         new: Self = self._get_checked_instance(AR1Normal, _instance)
         batch_shape = torch.Size(batch_shape)
-        new._given = "fisher_z" if "_innovation" in known else self._given
+        new._given = tuple(name for name in known if name not in ("loc", "scale"))
         for name, value in known.items():
             same = value.shape[:-1] == batch_shape
             new.__dict__[name] = value if same else value.expand(*batch_shape, -1)
-        super(AR1Normal, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        event_shape = known["loc"].shape[-1:]
+        super(AR1Normal, new).__init__(batch_shape, event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
-    @lazy_property
+    @_lazy_property
     def _from_fisher_z(self) -> ar1.FromFisherZ:
         return kernels.from_fisher_z(self.fisher_z)
 
-    @lazy_property
+    @_lazy_property
     def rho(self) -> Tensor:
         return self._from_fisher_z.rho
 
-    @lazy_property
+    @_lazy_property
     def fisher_z(self) -> Tensor:
-        if self._given == "rho":
+        if self._given == ("rho",):
             return self.rho.atanh()
-        return torch.asinh(self.rho / self._innovation)
+        # Not asinh(rho / c), whose derivative squares what may be as large as its type can hold.
+        size = self.rho.abs()
+        far = (size.log1p() - self._innovation.log()) * self.rho.sign()
+        return torch.where(size < 0.5, self.rho.clamp(-0.5, 0.5).atanh(), far)
 
-    @lazy_property
+    @_lazy_property
     def _innovation(self) -> Tensor:
-        if self._given == "fisher_z":
-            return self._from_fisher_z.innovation_scale
-        return ar1.innovation_scale(self.rho)
+        if self._given == ("rho",):
+            return ar1.innovation_scale(self.rho)
+        return self._from_fisher_z.innovation_scale
 
-    @lazy_property
+    @_lazy_property
     def _log_steps(self) -> Tensor:
         """log(1 - rho^2), shared or per step."""
-        if self._given == "rho":
-            return ar1.log_one_minus_rho_squared(self.rho)
-        if "fisher_z" in self.__dict__:
+        if self._given == ("fisher_z",):
             return self._from_fisher_z.log_one_minus_rho_squared
-        return ar1.log_one_minus_rho_squared(self.rho, self._innovation)
+        known = None if self._given == ("rho",) else self._innovation
+        return ar1.log_one_minus_rho_squared(self.rho, known)
 
-    @lazy_property
+    @_lazy_property
     def _log_det_correlation(self) -> Tensor:
         return ar1.sum_steps(self._log_steps, self._latent - 1)
 
-    @lazy_property
+    @_lazy_property
     def _half_log_det(self) -> Tensor:
         """Half the log-determinant of the covariance, shape batch_shape.    (1.4), notebooks/01"""
         return ar1.sum_steps(self.scale.log(), self._latent) + self._log_det_correlation / 2
@@ -316,7 +366,7 @@ class AR1Normal(Distribution):
         """Reparametrised draws, shape (*sample_shape, *batch, latent).      (3.2), notebooks/03"""
         shape = self._extended_shape(sample_shape)
         noise = _standard_normal(shape, dtype=self.loc.dtype, device=self.loc.device)
-        innovation = self._innovation if self._given == "fisher_z" else None
+        innovation = None if self._given == ("rho",) else self._innovation
         return kernels.draw(self.loc, self.scale, noise, self.rho, innovation)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -357,13 +407,13 @@ class AR1Normal(Distribution):
                 f"AR1Normal: the window from {start} to {stop} of {self._latent} variables is "
                 "empty; stop is excluded, as in a slice."
             )
-        loc, scale, dependence = self.loc[..., start:stop], self.scale, getattr(self, self._given)
-        if scale.shape[-1] > 1:
-            scale = scale[..., start:stop]
-        if dependence.shape[-1] > 1:
-            dependence = dependence[..., start : stop - 1]
-        part = {self._given: dependence}
-        return type(self)(loc, scale, **part, validate_args=self._validate_args)
+        variables, steps = slice(start, stop), slice(start, stop - 1)
+        part = {
+            name: value if name != "loc" and value.shape[-1] == 1
+            else value[..., variables if name in ("loc", "scale") else steps]
+            for name, value in self._parameters().items()
+        }  # fmt: skip
+        return self._remade(self.batch_shape, **part)
 
     def condition(self, value: Tensor, *, precision: Tensor | float) -> "Self":
         """The exact posterior of this chain after independent Gaussian observations of it.
@@ -449,13 +499,12 @@ class AR1Normal(Distribution):
         if self._validate_args:
             remedy = "must be finite and not negative (0 where there is no observation)"
             _check_entries("precision", precision, precision >= 0, remedy)
-            if not _all_finite(value):
-                wrong = ((precision > 0) & ~value.isfinite()).sum().item()
-                if wrong:
-                    raise ValueError(
-                        f"AR1Normal: {wrong} values are not finite numbers but have a positive "
-                        "precision; give precision 0 where there is no observation."
-                    )
+            valid = (precision <= 0) | value.isfinite()
+            if not torch._is_all_true(valid):
+                raise ValueError(
+                    f"AR1Normal: {(~valid).sum().item()} values are not finite numbers but have a "
+                    "positive precision; give precision 0 where there is no observation."
+                )
         return value, precision.expand(*precision.shape[:-1], latent)
 
     def _observed(self, weight: Tensor, value: Tensor, natural: bool = False) -> "Self":
@@ -502,7 +551,8 @@ def _check_batches(**tensors: Tensor) -> torch.Size:
 
 
 def _check_entries(name: str, value: Tensor, valid: Tensor, remedy: str) -> None:
-    if not valid.all() or not _all_finite(value):
+    # torch's own way to ask, which vmap can follow.
+    if not torch._is_all_true(valid) or not _all_finite(value):
         valid = valid & value.isfinite()
         raise ValueError(
             f"AR1Normal: the entries of {name} {remedy}, but of {value.numel()} in shape "
@@ -513,7 +563,8 @@ def _check_entries(name: str, value: Tensor, valid: Tensor, remedy: str) -> None
 
 def _all_finite(value: Tensor) -> bool:
     """Asked in one pass where it can be: what has a finite sum is finite."""
-    return bool(value.detach().sum().isfinite()) or bool(value.isfinite().all())
+    finite = torch._is_all_true(value.detach().sum().isfinite())
+    return bool(finite) or bool(torch._is_all_true(value.isfinite()))
 
 
 def _as_parameter(name: str, value: Any, loc: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -527,7 +578,8 @@ def _as_parameter(name: str, value: Any, loc: Tensor, sizes: tuple[int, ...]) ->
         )
     value = value.reshape(1) if value.dim() == 0 else value
     if value.shape[-1] not in sizes:
-        expected = f"{sizes[0]} (shared) or {sizes[1]}" if len(sizes) == 2 else f"{sizes[0]}"
+        shared = len(sizes) == 2 and sizes[0] != sizes[1]
+        expected = f"{sizes[0]} (shared) or {sizes[1]}" if shared else f"{sizes[0]}"
         raise ValueError(
             f"AR1Normal: {name} has shape {tuple(value.shape)}; beside loc of shape "
             f"{tuple(loc.shape)} its last dimension must be {expected}."

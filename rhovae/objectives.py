@@ -158,7 +158,7 @@ def importance_weighted_nll(
     -log (1/K) sum_k p(x|z_k) p(z_k) / q(z_k|x),  z_k ~ q(z|x)     (Burda et al. 2016, Eq. 8)
 
     It falls from -ELBO at K = 1 to -log p(x) as K grows. The K draws are decoded in chunks whose
-    running log-sum-exp is kept, so memory does not grow with K.
+    running log-sum-exp is kept, so without gradients (torch.no_grad) memory does not grow with K.
 
     Args:
         vae: the model.

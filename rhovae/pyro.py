@@ -23,7 +23,8 @@ class AR1Normal(distribution.AR1Normal, TorchDistributionMixin):
     def arg_constraints(self) -> dict[str, constraints.Constraint]:  # type: ignore[override]
         """Of the parameters that were given: Pyro makes new instances from all it finds here."""
         every = distribution.AR1Normal.arg_constraints
-        return {name: every[name] for name in ("loc", "scale", self._given)}
+        dependence = "rho" if self._given == ("rho",) else "fisher_z"
+        return {name: every[name] for name in ("loc", "scale", dependence)}
 
     def conjugate_update(self, other: Distribution) -> tuple["AR1Normal", Tensor]:
         """This chain times a diagonal normal over the same variables, as Pyro asks for it.

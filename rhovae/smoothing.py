@@ -116,8 +116,11 @@ def from_transitions(first: Tensor, coefficient: Tensor, innovation: Tensor) -> 
         innovation: sqrt(n), (*batch, steps), positive. Batch shapes broadcast.
     """
     batch = torch.broadcast_shapes(first.shape[:-1], innovation.shape[:-1])
-    parts = [x.expand(*batch, x.shape[-1]) for x in (first, innovation)]
-    return _from_steps(torch.cat(parts, -1).square(), coefficient, innovation)
+    parts = torch.cat([x.expand(*batch, x.shape[-1]) for x in (first, innovation)], -1)
+    # In units in which no square is too large or too small for its type.
+    unit = parts.detach().amax(-1, keepdim=True)
+    chain = _from_steps((parts / unit).square(), coefficient, innovation / unit)
+    return chain._replace(scale=chain.scale * unit)
 
 
 def _from_steps(variances: Tensor, coefficient: Tensor, innovation: Tensor) -> Chain:
