@@ -344,6 +344,16 @@ def test_what_the_readme_says_of_time_is_in_the_records():
     rows = re.findall(r"^\| \**([\w ]+)\** \| ([\d.]+) \| ([\d.]+) \|", readme.time_table(), re.M)
     learned = {name: float(few) for name, few, _ in rows}
     assert round(learned["diagonal"], 1) == 0.8 and round(learned["chain"]) == 51
+    short = {}
+    for line in (ROOT / "data/results/time/counts.jsonl").read_text().splitlines():
+        settings, result = (json.loads(line)[key] for key in ("settings", "result"))
+        if settings.get("family") == "diagonal":
+            case = settings["time_constant"], settings["rate"]
+            short.setdefault(case, []).append(result["time_constant"])
+    factors = sorted(tau / statistics.mean(found) for (tau, _), found in short.items())
+    assert len(factors) == 4 and [round(f) for f in factors[:3]] == [2, 4, 14] and factors[3] > 60
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "in the others the diagonal one's is 2 to 14 times too short" in text
 
 
 def test_what_the_readme_says_of_a_training_step_is_in_the_record():
