@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.functional import hessian
-from torch.distributions import Distribution, MultivariateNormal, kl_divergence
+from torch.distributions import Distribution, MultivariateNormal, Normal, kl_divergence
 from torch.func import functional_call
 
 from .. import AR1Normal, AR1Prior, ar1
@@ -276,117 +275,93 @@ def coverage(q: Belief, rate: float, log_rate: Tensor, window: int = 50) -> tupl
     return (error.abs() < half).double().mean().item(), 2 * half.mean().item()
 
 
-def maximum_likelihood(
-    counts: Tensor, log_rate: Tensor, draws: int = 6000, enough: int = 50, seed: int = 10_000
-) -> dict:
-    """Time constant, scale and rate of the largest likelihood: one Newton step from the best chain.
-
-    log p(y) = log E_q[w], w = p(y | z) p(z) / q(z) at draws of the best chain q, which has nearly
-    the right shape. Where the bound is largest, E_q of the score of theta is 0, so the gradient is
-    sum_k (w_k / sum w - 1 / K) score_k, with little noise; a maximum of the estimate itself would
-    wander off to where a few draws weigh most.
+def maximum_likelihood(counts: Tensor, log_rate: Tensor, draws: int = 500, seed: int = 0) -> dict:
+    """Time constant, scale and rate of the largest likelihood; intervals of the exact posterior.
 
     Args:
-        enough: effective number of draws that every series must have, else they are made anew.
-        seed: of the draws. Not that of the counts: noise that made them would come back in a draw,
-            which then fits better than any draw of q should.
+        draws: of every series' path, for the intervals.
+        seed: of the draws.
     Returns:
-        Like `run`, with the Monte Carlo standard errors of log time constant, log scale and rate,
-        and the effective number of draws of the worst and the median series.
+        Like `run`.
     """
-    found = fit(counts, "stepped", tolerance=1e-4)
-    start = torch.tensor([math.log(found.time_constant), math.log(found.scale), found.rate])
-    start = start.to(counts)
-    q = posterior("stepped", found.free, found.prior)
-    for attempt in range(5):  # now and then one draw outweighs the rest
-        sums = sums_of_draws(counts, q, draws, seed + 1000 * attempt)
-        step, noise = newton_step(counts, start, sums)
-        theta = start + step
-        weights = _log_weights(counts, theta, sums).softmax(1)
-        effective = 1 / weights.square().sum(1)
-        if effective.min() > enough:
-            break
-    windows = log_rate.unflatten(-1, (-1, 50)).mean(-1)
-    order = sums["windows"].sort(1)
-    share = weights.unsqueeze(-1).expand_as(order.indices).gather(1, order.indices).cumsum(1)
-    low, high = (
-        order.values.gather(1, (share < level).sum(1, keepdim=True)).squeeze(1) + theta[2]
-        for level in (0.05, 0.95)
+    moved = torch.zeros(3, dtype=counts.dtype, requires_grad=True)
+    centre = counts.new_tensor([math.log(20.0), math.log(0.5), counts.mean().log()])
+    unit = counts.new_tensor([0.1, 0.03, 0.01])  # as in `fit`
+    convergence = ascend(
+        [moved], lambda: forward_filter(counts, *(centre + unit * moved)).evidence.sum()
     )
+    convergence["last_change"] /= counts.numel()
+    with torch.no_grad():
+        log_time_constant, log_scale, rate = centre + unit * moved
+        found = forward_filter(counts, log_time_constant, log_scale, rate)
+        z = paths(found, draws, seed)
+    average = (rate + z).unflatten(-1, (-1, 50)).mean(-1)  # windows, as in `coverage`
+    low, high = average.quantile(torch.tensor([0.05, 0.95]).to(counts), 0)
+    windows = log_rate.unflatten(-1, (-1, 50)).mean(-1)
     return {
-        "time_constant": theta[0].exp().item(),
-        "scale": theta[1].exp().item(),
-        "rate": theta[2].item(),
-        "bound_per_step": _log_evidence(counts, theta, sums).item() / counts.numel(),
+        "time_constant": log_time_constant.exp().item(),
+        "scale": log_scale.exp().item(),
+        "rate": rate.item(),
+        "bound_per_step": found.evidence.sum().item() / counts.numel(),
         "coverage": ((low < windows) & (windows < high)).double().mean().item(),
         "width": (high - low).mean().item(),
-        "effective_draws": [effective.min().item(), effective.median().item()],
         "draws": draws,
-        "monte_carlo_errors": noise.tolist(),
+        **convergence,
     }
 
 
-def newton_step(
-    counts: Tensor, theta: Tensor, sums: dict[str, Tensor], slope: Tensor | float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """One step from theta to the largest importance-weighted likelihood, as `maximum_likelihood`.
+class Filtered(NamedTuple):
+    """The exact posterior of z on a grid, from the first step on."""
+
+    evidence: Tensor  # log p(y), nats, (series,)
+    grid: Tensor  # values of z, (points,)
+    transition: Tensor  # of the prior: row z_t, column z_{t+1}, (points, points)
+    shares: Tensor  # p(z_t | y_1 ... y_t), (steps, series, points)
+
+
+def forward_filter(
+    counts: Tensor, log_time_constant: Tensor, log_scale: Tensor, rate: Tensor, points: int = 181
+) -> Filtered:
+    """The likelihood of the counts by numerical integration over z_t, step by step.
+
+    p(y_1 ... y_t, z_t) = p(y_t | z_t) int p(z_t | z_{t-1}) p(y_1 ... y_{t-1}, z_{t-1}) dz_{t-1}
+
+    The trapezoidal rule is exact to rounding for a Gaussian that is wider than about its spacing:
+    181 points over 7 standard deviations to either side do for time constants up to 150 steps.
 
     Args:
-        theta: log time constant, log scale and rate, (3,), for which q is the best chain.
-        sums: of draws of q, from `sums_of_draws`.
-        slope: the derivative of q's bound in theta, (3,); 0 where the bound is largest.
-    Returns:
-        The step, and its Monte Carlo standard error, both (3,).
+        counts: (series, steps), all of them observed.
+        log_time_constant, log_scale, rate: shape ().
     """
-    weights, small = _log_weights(counts, theta, sums).softmax(1), 1e-4 * torch.eye(3).to(counts)
-    scores = torch.stack([
-        _log_weights(counts, theta + h, sums) - _log_weights(counts, theta - h, sums)
-        for h in small
-    ]) / 2e-4  # fmt: skip
-    excess = weights - 1 / weights.shape[-1]
-    terms = excess * (scores - (weights * scores).sum(-1, keepdim=True))
-    gradient = slope + (excess * scores).sum((1, 2))
-    curvature = -hessian(lambda at: _log_evidence(counts, at, sums), theta)
-    noise = torch.linalg.solve(curvature, terms.flatten(1)).square().sum(-1).sqrt()
-    return torch.linalg.solve(curvature, gradient), noise
+    x = torch.linspace(-7, 7, points, dtype=counts.dtype)  # z in units of its standard deviation
+    spacing, z = x[1] - x[0], log_scale.exp() * x
+    rho = (-(-log_time_constant).exp()).exp()
+    fresh = (-torch.expm1(-2 * (-log_time_constant).exp())).sqrt()  # its variance is 1 - rho^2
+    transition = Normal(rho * x.unsqueeze(-1), fresh).log_prob(x).exp() * spacing
+    log_rate = rate + z
+    share = Normal(torch.zeros_like(rate), 1.0).log_prob(x).exp() * spacing
+    evidence, shares = counts.new_zeros(len(counts)), []
+    for y in counts.mT.unsqueeze(-1):
+        joint = share * (y * log_rate - log_rate.exp() - torch.lgamma(y + 1)).exp()
+        total = joint.sum(-1, keepdim=True)
+        evidence = evidence + total.squeeze(-1).log()
+        shares.append(joint / total)
+        share = shares[-1] @ transition
+    return Filtered(evidence, z, transition, torch.stack(shares))
 
 
-def _log_evidence(counts: Tensor, theta: Tensor, sums: dict[str, Tensor]) -> Tensor:
-    log_weights = _log_weights(counts, theta, sums)
-    return (log_weights.logsumexp(1) - math.log(log_weights.shape[-1])).sum()
-
-
-def sums_of_draws(counts: Tensor, q: AR1Normal, draws: int, seed: int) -> dict[str, Tensor]:
-    """What log p(y, z) - log q(z) depends on, for draws of q: each (series, draws)."""
+def paths(filtered: Filtered, draws: int, seed: int) -> Tensor:
+    """Draws of z given all counts, (draws, series, steps): the last step first, then backwards."""
     generator = torch.Generator().manual_seed(seed)
-    series, steps = counts.shape
-    sums = []
-    for chosen in torch.arange(draws).split(500):  # all draws at once would fill the memory
-        noise = torch.randn(len(chosen), series, steps, generator=generator, dtype=counts.dtype)
-        z = q.loc + q.scale * ar1.correlate(noise, q.rho, q._innovation)
-        ends = z[..., 0].square() + z[..., -1].square()
-        sums.append({
-            "log_q": q.log_prob(z),
-            "counts": (counts * z).sum(-1),
-            "rates": z.exp().sum(-1),
-            "ends": ends,
-            "squares": z[..., 1:-1].square().sum(-1),
-            "products": (z[..., 1:] * z[..., :-1]).sum(-1),
-            "windows": z.unflatten(-1, (-1, 50)).mean(-1),
-        })  # fmt: skip
-    return {name: torch.cat([part[name] for part in sums]).transpose(0, 1) for name in sums[0]}
-
-
-def _log_weights(counts: Tensor, theta: Tensor, sums: dict[str, Tensor]) -> Tensor:
-    """log p(y, z) - log q(z), nats, (series, draws)."""
-    steps = counts.shape[-1]
-    prior = ar1_prior(theta[0], theta[1], steps)
-    rho, variance, rate = prior.rho, prior.scale.square(), theta[2]
-    squares = sums["ends"] + (1 + rho.square()) * sums["squares"] - 2 * rho * sums["products"]
-    log_prior = -squares / (2 * variance * prior._innovation.square())
-    log_prior = log_prior - prior._half_log_det - steps / 2 * math.log(2 * math.pi)
-    constant = (rate * counts - torch.lgamma(counts + 1)).sum(-1, keepdim=True)
-    return constant + sums["counts"] - rate.exp() * sums["rates"] + log_prior - sums["log_q"]
+    weight = filtered.shares[-1].expand(draws, -1, -1)
+    steps = []
+    for share in (*filtered.shares[:-1].flip(0), filtered.shares[0]):  # the last one is not used
+        below = weight.cumsum(-1)
+        level = torch.rand(below.shape[:-1], generator=generator, dtype=below.dtype).unsqueeze(-1)
+        chosen = torch.searchsorted(below, level * below[..., -1:]).squeeze(-1)
+        steps.append(filtered.grid[chosen])
+        weight = share * filtered.transition.mT[chosen]
+    return torch.stack(steps[::-1], -1)
 
 
 def run(
@@ -396,7 +371,7 @@ def run(
     """One run of the study: what a family, or maximum likelihood, makes of one set of counts."""
     counts, log_rate = simulate(time_constant, rate, seed, scale, series, steps)
     if family == "maximum-likelihood":
-        return maximum_likelihood(counts, log_rate, seed=10_000 + seed)
+        return maximum_likelihood(counts, log_rate, seed=seed)
     found = fit(counts, family)
     share, width = coverage(found.belief, found.rate, log_rate)
     return {

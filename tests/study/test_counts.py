@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.optimize import minimize
 from torch.distributions import MultivariateNormal, Normal, Poisson, kl_divergence
 
 from rhovae.study import coal
@@ -124,53 +125,45 @@ def test_counts_are_what_they_are_said_to_be():
     assert abs(counts.mean() / log_rate.exp().mean() - 1) < 0.01
 
 
-def test_importance_weights_are_ratios_of_densities():
-    counts, _ = study.simulate(5.0, 0.5, seed=0, series=2, steps=50)
-    found = study.fit(counts, "stepped", (5.0, 1.0, 0.5), learn=False)
-    q = study.posterior("stepped", found.free, found.prior)
-    theta = torch.tensor([1.3, -0.2, 0.4])
-    sums = study.sums_of_draws(counts, q, 3, seed=5)
-    noise = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(5))
-    z = q.loc + (q.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
-    prior = study.ar1_prior(theta[0], theta[1], 50)
-    joint = Poisson((theta[2] + z).exp()).log_prob(counts).sum(-1) + prior.log_prob(z)
-    expected = (joint - q.log_prob(z)).mT
-    torch.testing.assert_close(study._log_weights(counts, theta, sums), expected)
+def test_the_filter_is_an_integral_over_all_steps_at_once():
+    """Evidence and draws of three steps against the trapezoidal rule in three dimensions."""
+    counts = torch.tensor([[2.0, 0.0, 3.0], [0.0, 0.0, 1.0]])
+    theta = torch.tensor([math.log(2.0), math.log(0.8), 0.4])
+    axis = torch.linspace(-5.6, 5.6, 81)
+    z = torch.cartesian_prod(axis, axis, axis)
+    prior = MultivariateNormal(torch.zeros(3), study.ar1_prior(*theta[:2], 3).covariance_matrix[0])
+    fitted = Poisson((theta[2] + z).exp()).log_prob(counts.unsqueeze(1)).sum(-1)
+    joint = (fitted + prior.log_prob(z)).exp() * (axis[1] - axis[0]) ** 3
+    found = study.forward_filter(counts, *theta)
+    torch.testing.assert_close(found.evidence, joint.sum(-1).log(), rtol=0, atol=1e-9)
+
+    drawn, weight = study.paths(found, 20_000, seed=0), joint / joint.sum(-1, keepdim=True)
+    for values, exact in (
+        (drawn, weight @ z),
+        (drawn[..., :-1] * drawn[..., 1:], weight @ (z[:, :-1] * z[:, 1:])),
+    ):
+        assert ((values.mean(0) - exact).abs() < 5 * values.std(0) / len(values) ** 0.5).all()
 
 
-def test_the_likelihood_of_one_step_is_an_integral():
-    """Poisson with a log-normal rate, by the trapezoidal rule, in 50 independent steps."""
-    counts = torch.poisson(torch.full((3, 50), 1.5))
-    z = torch.linspace(-9, 9, 2001).unsqueeze(-1).unsqueeze(-1)
-    terms = Poisson((0.4 + z).exp()).log_prob(counts) + Normal(0.0, 0.8).log_prob(z)
-    exact = (terms.logsumexp(0) + math.log(18 / 2000)).sum(-1)
-    theta = torch.tensor([math.log(1e-2), math.log(0.8), 0.4])  # rho = exp(-100)
-    found = study.fit(counts, "stepped", (1e-2, 0.8, 0.4), learn=False)
-    q = study.posterior("stepped", found.free, found.prior)
-    sums = study.sums_of_draws(counts, q, 20_000, seed=1)
-    weights = study._log_weights(counts, theta, sums)
-    estimate = weights.logsumexp(1) - math.log(20_000)
-    error = weights.softmax(1).square().sum(1).sqrt()
-    assert ((estimate - exact).abs() < 5 * error).all() and error.max() < 0.03
+@pytest.mark.parametrize("time_constant", [0.01, 9.5, 49.5, 150.0])
+def test_a_finer_grid_changes_nothing(time_constant):
+    counts, _ = study.simulate(time_constant, 1.0, seed=0, series=4, steps=100)
+    theta = torch.tensor([math.log(time_constant), 0.0, 1.0])
+    coarse, fine = (study.forward_filter(counts, *theta, points=n).evidence for n in (181, 401))
+    torch.testing.assert_close(coarse, fine, rtol=0, atol=1e-8 * 100)
 
 
-def test_one_newton_step_goes_where_the_likelihood_is_largest():
-    """Series of one step: the likelihood is an integral, maximised here over scale and rate."""
-    counts, log_rate = study.simulate(1e-2, 0.5, seed=4, series=64, steps=50)
-    z = torch.linspace(-7, 7, 401).unsqueeze(-1)
+def test_maximum_likelihood_ends_where_another_optimiser_does():
+    counts, log_rate = study.simulate(9.5, 1.0, seed=0, series=8, steps=100)
+    found = study.maximum_likelihood(counts, log_rate, draws=20)
 
-    def exact(log_scale, rate):
-        values, times = counts.unique(return_counts=True)
-        terms = Poisson((rate + log_scale.exp() * z).exp()).log_prob(values)
-        return ((terms + Normal(0.0, 1.0).log_prob(z)).logsumexp(0) * times).sum()
+    def loss(theta):
+        return -study.forward_filter(counts, *torch.tensor(theta)).evidence.sum().item()
 
-    at = [torch.zeros((), requires_grad=True) for _ in range(2)]
-    study.ascend(at, lambda: exact(*at), tolerance=1e-6)
-    found = study.maximum_likelihood(counts, log_rate)
-    errors = found["monte_carlo_errors"]
-    assert abs(math.log(found["scale"]) - at[0].item()) < 5 * errors[1] + 2e-3
-    assert abs(found["rate"] - at[1].item()) < 5 * errors[2] + 2e-3
-    assert max(errors[1:]) < 5e-3
+    best = minimize(loss, [2.0, 0.1, 0.8], method="Nelder-Mead", options={"xatol": 1e-5}).x
+    expected = math.exp(best[0]), math.exp(best[1]), best[2]
+    for name, value in zip(("time_constant", "scale", "rate"), expected, strict=True):
+        assert math.isclose(found[name], value, rel_tol=1e-3), name
 
 
 def test_coverage_of_the_right_posterior_is_ninety_per_cent():
