@@ -6,7 +6,7 @@ The model of `counts` with one series, and with priors on what is learned there:
 
 A posterior q(theta) q(z | theta) of theta = (time constant, scale, rate) and z has its largest
 bound for q(theta) proportional to p(theta) exp(bound(theta)), with the best q(z | theta) of the
-family that is compared. On a grid of theta this is a finite sum.          (10.11), notebooks/10
+family that is compared. On a grid of theta this is a finite sum.          (10.12), notebooks/10
 """
 
 import csv
