@@ -307,22 +307,23 @@ def test_what_the_readme_says_of_figure_3_is_in_the_records():
 
 
 def test_what_the_readme_says_of_figure_5_is_in_the_records():
-    """The released rho-VAE costs 13 nats less than a VAE that is charged 23 too little."""
+    """The released rho-VAE costs 13 and 18 nats less than a VAE that is charged 23 too little."""
     folder = ROOT / "data" / "results" / "released"
-    groups = by_posterior(load_records(folder, architecture="dcgan", dataset="mnist", seed=0))
-    (vae,), (rho,) = (groups[f"released-{name}"] for name in ("info", "rho-info"))
-    assert round(vae["test"]["negative_elbo"] - rho["test"]["negative_elbo"]) == 13
-    assert round(vae["test"]["negative_elbo"] - vae["test"]["loss"]) == 23
     dots = published_curves(ROOT / "data" / "published_curves.csv", "figure5_info_vae")
-    away = [
-        abs(row["mean"] - row["published"])
-        for name, group in groups.items()
-        for row in agreement(group, dots["mnist", published_name(name)], 10_000 / 10_112)
-    ]
-    assert len(away) == 6 and f"{max(away):.1f}" == "1.1"
+    away = []
+    for dataset, less in (("mnist", 13), ("fashion-mnist", 18)):
+        groups = by_posterior(load_records(folder, architecture="dcgan", dataset=dataset))
+        (vae,), (rho,) = (groups[f"released-{name}"] for name in ("info", "rho-info"))
+        assert round(vae["test"]["negative_elbo"] - rho["test"]["negative_elbo"]) == less
+        assert round(vae["test"]["negative_elbo"] - vae["test"]["loss"]) == 23
+        for name, group in groups.items():
+            rows = agreement(group, dots[dataset, published_name(name)], 10_000 / 10_112)
+            away += [abs(row["mean"] - row["published"]) for row in rows]
+    *near, jump = sorted(away)
+    assert len(near) == 11 and f"{near[-1]:.1f}" == "1.1" and jump > 3
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert "truly costs 13 nats less than its VAE, which is charged 23 too little" in text
-    assert "(MNIST, one seed, within 1.1 nats of the curves)" in text
+    assert "13 and 18 nats less than its VAE, which is charged 23 too little" in text
+    assert "(one seed, within 1.1 nats of the curves but for one jump)" in text
 
 
 def test_what_the_readme_says_of_the_published_decoder_is_in_the_record():
