@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,11 @@ def test_the_wheel_is_code_and_what_it_holds_is_enough(tmp_path):
         f"{core_alone.example()}\nimport rhovae; assert {wheel.name!r} in rhovae.__file__\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    page = zipfile.ZipFile(wheel).read(
+        f"{wheel.name[: -len('-py3-none-any.whl')]}.dist-info/METADATA"
+    )
+    assert core_alone.example() in page.decode(), "the page of the package shows it, too"
+    assert not re.search(r"\]\((?!https://)", page.decode()), "a link that leads nowhere there"
 
 
 def test_a_release_is_called_by_a_version_that_the_changelog_describes():
