@@ -25,6 +25,7 @@ html_css_files = ["book.css"]
 html_js_files = ["book.js"]
 templates_path = []
 root_doc = "index"
+exclude_patterns = ["package.md"]  # for package indexes
 
 nb_execution_mode = "off"  # the committed outputs are those that CI has checked
 nb_merge_streams = True
