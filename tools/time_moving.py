@@ -3,6 +3,7 @@
 python tools/time_moving.py                 160 runs, all of one seed before the next
 python tools/time_moving.py --seeds 0 1     some of them
 python tools/time_moving.py --longer        how far from convergence: seed 0, four times as long
+python tools/time_moving.py --starts        other first time constants of the prior: seed 0, 60 %
 """
 
 import argparse
@@ -17,6 +18,7 @@ from rhovae.study.moving import DATA, FAMILIES, MISSING
 
 PATH = DATA_FOLDER / "results" / "time" / "moving.jsonl"
 PATH_LONGER = PATH.with_name("moving_longer.jsonl")
+PATH_STARTS = PATH.with_name("moving_starts.jsonl")
 SEEDS = range(5)
 
 
@@ -35,14 +37,28 @@ LONGER = [
     for posterior in ("chain", "sites", "diagonal", "karhunen-loeve", "gp-vae")
 ]
 
+# All channels alike, at the spot's true time constant and at four times that.
+STARTS = [
+    {"data": data, "missing": 0.6, "posterior": posterior, "seed": 0, "time_constant": start}
+    for data, posteriors, starts in (
+        ("spot", ("karhunen-loeve", "chain", "sites", "diagonal"), (20.0, 5.0)),
+        ("digits", ("diagonal", "sites"), (20.0,)),
+    )
+    for start in starts
+    for posterior in posteriors
+]
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--longer", action="store_true")
+    parser.add_argument("--starts", action="store_true")
     given = parser.parse_args()
     if given.longer:
         run_missing(PATH_LONGER, LONGER, moving.train)
+    elif given.starts:
+        run_missing(PATH_STARTS, STARTS, moving.train)
     else:
         run_missing(PATH, runs(given.seeds), moving.train)
 

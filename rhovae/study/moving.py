@@ -25,6 +25,7 @@ DATA = ("digits", "spot")
 FAMILIES = ("diagonal", "karhunen-loeve", "gp-vae", "chain", "sites")
 MISSING = (0.0, 0.3, 0.6)
 CHANNELS = {"digits": 8, "spot": 2}
+TIME_CONSTANT = (1.0, STEPS / 2)  # where learning starts: spread between these two
 SPOT_TIME_CONSTANT = 5.0
 
 
@@ -223,7 +224,9 @@ HEADS = {
 class MovingVAE(nn.Module):
     """One encoder, one head, a decoder for each frame alone, and a chain per channel as prior."""
 
-    def __init__(self, family: str, channels: int):
+    def __init__(
+        self, family: str, channels: int, time_constant: float | tuple[float, float] = TIME_CONSTANT
+    ):
         require_known("family", family, HEADS)
         super().__init__()
         self.encoder = Encoder()
@@ -232,7 +235,7 @@ class MovingVAE(nn.Module):
             nn.Linear(channels, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
             nn.Linear(128, SIZE**2),
         )  # fmt: skip
-        self.prior = AR1Prior(channels, time_constant=(1.0, STEPS / 2))
+        self.prior = AR1Prior(channels, time_constant=time_constant)
 
     def posterior(self, frames: Tensor, mask: Tensor):
         """q(z | seen frames) and p(z), batch (batch, channels) and (channels,)."""
@@ -300,15 +303,18 @@ def train(
     steps: int = 1500,
     batch: int = 64,
     learning_rate: float = 2e-3,
+    time_constant: float | tuple[float, float] = TIME_CONSTANT,
 ) -> dict:
     """Train on sequences whose frames go missing anew each time, and judge on 500 others.
+
+    The prior's time constants start at `time_constant`, as `AR1Prior` takes it.
 
     Returns:
         What `judge` says at the end; time_constants, sorted; curve, -ELBO on the test sequences at
         four times in training (10 draws).
     """
     torch.manual_seed(seed)
-    model = MovingVAE(posterior, CHANNELS[data])
+    model = MovingVAE(posterior, CHANNELS[data], time_constant)
     own = [model.prior.log_time_constant]
     others = [p for p in model.parameters() if p is not own[0] and p.requires_grad]
     groups = [{"params": others, "lr": learning_rate}, {"params": own, "lr": 10 * learning_rate}]
