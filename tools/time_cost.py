@@ -4,6 +4,7 @@ All candidates get the same numbers (a mean, u and w for each step) and stand fo
 posterior of GP-VAE with the logistic sigmoid as in PyPOTS, against the same AR(1) prior:
 
     chain     rhovae.study.gpvae.banded_normal, and an AR1Normal prior
+    loop      the same chain, its draw and its variances step by step in Python
     dense     U as a matrix, a triangular solve against the identity, two MultivariateNormal
     pypots    the class GpvaeEncoder of PyPOTS, its networks replaced by the identity
 
@@ -12,6 +13,7 @@ taken from the installed package, if there is one, from the one file that define
 importing the package needs some thirty others. Writes data/results/time/cost.json and prints it.
 
     python tools/time_cost.py [--threads 1] [--seconds 20] [--save FILE]
+    python tools/time_cost.py --names chain loop dense --steps 1000 --save loop.json
 """
 
 import argparse
@@ -26,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import MultivariateNormal, kl_divergence
+from torch.distributions import Distribution, MultivariateNormal, kl_divergence, register_kl
 
 from rhovae import AR1Normal
 from rhovae.study.gpvae import banded_normal
@@ -72,6 +74,43 @@ def dense_prior(steps: int) -> MultivariateNormal:
     return MultivariateNormal(torch.zeros(CHANNELS, steps), kernel.expand(CHANNELS, -1, -1))
 
 
+class LoopNormal(Distribution):
+    """(11.11), notebooks/11, as one writes it down: step by step, without a matrix or a scan."""
+
+    def __init__(self, loc: Tensor, diagonal: Tensor, above: Tensor):
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+        self.loc, self.innovation = loc, diagonal.reciprocal()
+        self.coefficient = -above * self.innovation[..., 1:]
+
+    def each_step(self, first: Tensor, inputs: Tensor, coefficient: Tensor) -> Tensor:
+        """y_1 = first, y_{t+1} = coefficient_t y_t + input_{t+1}."""
+        values = [first]
+        for c, shock in zip(coefficient.unbind(-1), inputs.unbind(-1)[1:], strict=True):
+            values.append(c * values[-1] + shock)
+        return torch.stack(values, -1)
+
+    def rsample(self, sample_shape=()) -> Tensor:
+        shocks = self.innovation * torch.randn(*sample_shape, *self.loc.shape)
+        return self.loc + self.each_step(shocks[..., 0], shocks, self.coefficient)
+
+
+@register_kl(LoopNormal, AR1Normal)
+def _kl_loop_ar1(q: LoopNormal, p: AR1Normal) -> Tensor:
+    """To the prior of `chain_prior`: stationary, of mean 0 and variance 1."""
+    squares = q.innovation.square()
+    variance = q.each_step(squares[..., 0], squares, q.coefficient.square())
+    new, old, c, m = variance[..., 1:], variance[..., :-1], q.coefficient, q.loc
+    shift = (m[..., 1:] - RHO * m[..., :-1]).square()
+    change = new - 2 * RHO * c * old + RHO**2 * old + shift
+    first = variance[..., 0] + m[..., 0].square()
+    rest = (change / (1 - RHO**2) + np.log(1 - RHO**2)).sum(-1)
+    return 0.5 * (first + rest - squares.log().sum(-1) - m.shape[-1])
+
+
+def loop_posterior(x: Tensor) -> LoopNormal:
+    return LoopNormal(*split(x))
+
+
 class Part(nn.Module):
     """Some of the outputs, in place of a layer that would compute them."""
 
@@ -102,6 +141,7 @@ def candidates() -> dict:
     """Name -> (posterior of the outputs, prior of a number of steps)."""
     found = {
         "chain": (chain_posterior, chain_prior),
+        "loop": (loop_posterior, chain_prior),
         "dense": (dense_posterior, dense_prior),
         "pypots": (pypots_encoder(), dense_prior),
     }
@@ -132,13 +172,14 @@ def check_that_they_agree(steps: int = 48) -> float:
     return worst
 
 
-def seconds(steps: int, budget: float) -> dict[str, list[float]]:
+def seconds(steps: int, budget: float, names: list[str]) -> dict[str, list[float]]:
     """The candidates take turns, so that a slow moment of the machine meets all of them."""
     x, weights = outputs(steps).requires_grad_(), torch.randn(BATCH, CHANNELS, steps)
-    chosen = {name: (q, prior(steps)) for name, (q, prior) in candidates().items()}
+    every = candidates()
+    chosen = {name: (every[name][0], every[name][1](steps)) for name in names}
     times = {name: [] for name in chosen}
     end = time.perf_counter() + budget
-    while len(times["chain"]) < 3 or time.perf_counter() < end:
+    while len(times[names[0]]) < 3 or time.perf_counter() < end:
         for name, (posterior, prior) in chosen.items():
             start = time.perf_counter()
             step(x, weights, posterior, prior)
@@ -190,6 +231,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20, help="for each number of steps")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--names", nargs="+", default=list(candidates()), help="of the candidates")
     parser.add_argument("--save", type=Path, default=Path("data/results/time/cost.json"))
     parser.add_argument("--peak", nargs=2, metavar=("NAME", "STEPS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -203,12 +246,12 @@ def main() -> None:
         "batch": BATCH,
         "channels": CHANNELS,
         "environment": environment(torch.device("cpu")),
-        "pypots": version("pypots") if "pypots" in candidates() else None,
+        "pypots": version("pypots") if "pypots" in arguments.names else None,
         "largest_difference_float64": check_that_they_agree(),
         "results": [],
     }
-    for steps in STEPS:
-        for name, times in seconds(steps, arguments.seconds).items():
+    for steps in arguments.steps:
+        for name, times in seconds(steps, arguments.seconds, arguments.names).items():
             row = {
                 "steps": steps,
                 "candidate": name,

@@ -96,5 +96,5 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_what_time_cost_compares_is_one_law():
-    assert {"chain", "dense"} <= set(time_cost.candidates())
+    assert {"chain", "loop", "dense"} <= set(time_cost.candidates())
     assert time_cost.check_that_they_agree(steps=7) < 1e-10
