@@ -1,9 +1,9 @@
-"""Make the records of the VAE on moving images (notebook 10, Section 10.5); it can be stopped.
+"""Make the records of the VAE on moving images (notebook 11, Section 11.2); it can be stopped.
 
 python tools/time_moving.py                 160 runs, all of one seed before the next
 python tools/time_moving.py --seeds 0 1     some of them
 python tools/time_moving.py --longer        how far from convergence: seed 0, four times as long
-python tools/time_moving.py --starts        other first time constants of the prior: seed 0, 60 %
+python tools/time_moving.py --starts        other first time constants of the prior, 60 % missing
 """
 
 import argparse
@@ -39,11 +39,12 @@ LONGER = [
 
 # All channels alike, at the spot's true time constant and at four times that.
 STARTS = [
-    {"data": data, "missing": 0.6, "posterior": posterior, "seed": 0, "time_constant": start}
-    for data, posteriors, starts in (
-        ("spot", ("karhunen-loeve", "chain", "sites", "diagonal"), (20.0, 5.0)),
-        ("digits", ("diagonal", "sites"), (20.0,)),
+    {"data": data, "missing": 0.6, "posterior": posterior, "seed": seed, "time_constant": start}
+    for data, seeds, starts, posteriors in (
+        ("spot", (0, 1), (20.0, 5.0), ("karhunen-loeve", "chain", "sites", "diagonal")),
+        ("digits", (0,), (20.0,), ("diagonal", "sites")),
     )
+    for seed in seeds
     for start in starts
     for posterior in posteriors
 ]
