@@ -187,3 +187,20 @@ def test_the_committed_runs_are_those_of_the_plan():
     first = [s for s in runner.runs([0]) if (s["data"], s["missing"]) in WHOLE]
     assert all(s in settings for s in first)
     assert not [r for r in runs if (r["environment"]["commit"] or "+").endswith("+")]
+
+
+def test_the_committed_starts_are_those_of_the_plan():
+    runs = read_lines(DATA_FOLDER / "results" / "time" / "moving_starts.jsonl")
+    settings = [run["settings"] for run in runs]
+    assert len(settings) == len(runner.STARTS) and all(s in settings for s in runner.STARTS)
+    assert not [r for r in runs if (r["environment"]["commit"] or "+").endswith("+")]
+
+
+def test_time_constants_start_where_they_are_told():
+    for given, expected in (((1.0, 5.0), [1.0, 5.0]), (20.0, [20.0, 20.0])):
+        tau = MovingVAE("sites", 2, given).prior.time_constant
+        torch.testing.assert_close(tau, torch.tensor(expected, dtype=tau.dtype))
+    assert torch.equal(
+        MovingVAE("sites", 2).prior.time_constant,
+        MovingVAE("sites", 2, (1.0, 5.0)).prior.time_constant,
+    )
