@@ -1,4 +1,4 @@
-"""A VAE on moving images, with a chain per latent channel as its prior.      notebooks/11, 10.5
+"""A VAE on moving images, with a chain per latent channel as its prior.      notebooks/11, 11.2
 
 Sequences of ten binary images, some of whose frames are missing as a whole. All posteriors read the
 same features of one encoder. Four have a mean for each step straight from it and differ in the
