@@ -1,4 +1,4 @@
-"""Make the records of the learned deconvolution (notebook 10, Section 10.4); it can be stopped.
+"""Make the records of the learned deconvolution (notebook 11, Section 11.1); it can be stopped.
 
 python tools/time_deconvolution.py prices     what the exact model predicts, 44 minimisations
 python tools/time_deconvolution.py            the 240 runs, all of one seed before the next

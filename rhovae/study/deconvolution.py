@@ -1,6 +1,6 @@
 """Deconvolution with missing samples, learned: a linear decoder, an encoder, all in closed form.
 
-                                                                               notebooks/11, 10.4
+                                                                               notebooks/11, 11.1
 A white signal z ~ N(0, I) is blurred by a filter of two taps and measured with noise, and each
 measurement misses some samples, x = m (W z + e). The model is linear and Gaussian, so the evidence,
 the best posterior of a family, and the bound for any Gaussian posterior are known without draws.
