@@ -334,15 +334,16 @@ def test_what_the_readme_says_of_figure_5_is_in_the_records():
         groups = by_posterior(load_records(folder, architecture="dcgan", dataset=dataset))
         (vae,), (rho,) = (groups[f"released-{name}"] for name in ("info", "rho-info"))
         assert round(vae["test"]["negative_elbo"] - rho["test"]["negative_elbo"]) == less
-        assert round(vae["test"]["negative_elbo"] - vae["test"]["loss"]) == 23
+        hidden = [round(r["test"]["negative_elbo"] - r["test"]["loss"]) for r in (rho, vae)]
+        assert hidden == [14, 23]
         for name, group in groups.items():
             rows = agreement(group, dots[dataset, published_name(name)], 10_000 / 10_112)
             away += [abs(row["mean"] - row["published"]) for row in rows]
     *near, jump = sorted(away)
-    assert len(near) == 11 and f"{near[-1]:.1f}" == "1.1" and jump > 3
+    assert len(near) == 11 and near[-1] < 1.2 and jump > 3
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert "13 and 18 nats less than its VAE, which is charged 23 too little" in text
-    assert "(one seed, within 1.1 nats of the curves but for one jump)" in text
+    assert "costs 13 and 18 nats less than its VAE." in text and "charged 14 and 23 nats" in text
+    assert "5, 10 and 15 within 1.2 nats of the curves but for one jump)" in text
 
 
 def test_what_the_readme_says_of_the_published_decoder_is_in_the_record():
