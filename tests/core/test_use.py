@@ -205,6 +205,10 @@ def test_the_prior_of_a_time_series_checks_what_was_observed():
 
 def test_vmap_with_validation_as_torch_s_own_classes():
     locs = torch.randn(3, 4)
+    try:
+        torch.vmap(lambda loc: MultivariateNormal(loc, torch.eye(4)).log_prob(loc))(locs)
+    except RuntimeError:
+        pytest.skip("in this torch no distribution checks a value under vmap")
     functions = (
         lambda loc: AR1Normal(loc, 1.0, rho=0.5, validate_args=True).log_prob(loc + 1),
         lambda loc: (
